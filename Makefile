@@ -1,0 +1,42 @@
+# Every target sets itself up: `git clone` and `make demo` (or `make test`) is all there is to do.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+APT := chromium chromium-driver
+
+.PHONY: demo test test-fast lint apt clean
+
+demo: $(STAMP)
+	$(BIN)/flexpert pipeline pipeline=demo
+
+test: $(STAMP) apt
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# PyTorch's CPU build first: a plain requirement would bring several gigabytes of CUDA libraries to a machine without a
+# GPU. Set TORCH to install another build, for example TORCH=torch on a GPU machine.
+TORCH ?= torch==2.13.0
+$(STAMP): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+# The report's test opens it in a browser. Where packages cannot be installed, that test says how and is skipped.
+apt:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT) >/dev/null; \
+	else echo "note: install $(APT) to run the report's browser test"; fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs/demo runs/smoke

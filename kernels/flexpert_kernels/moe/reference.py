@@ -1,0 +1,33 @@
+"""The definition of the expert layer: a loop over tokens' experts in fp32 (or fp64), written to be read.
+
+Shapes: T tokens, D residual width, F FFN width, E experts, K active experts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def reference_moe(
+    x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """`y_t = Σ_k w_tk · W2_e (silu(W1_e x_t) ⊙ W3_e x_t)` with `e = indices_tk` (FlexOlmo, arXiv 2507.07024).
+
+    Args:
+        x_TD: inputs.
+        weights_TK, indices_TK: the router's weights and choices.
+        gate_up_E2FD: W1 (index 0) and W3 (index 1) of every expert.
+        down_EDF: W2 of every expert.
+
+    Returns: [T, D] in fp64 for fp64 inputs, else in fp32.
+    """
+    dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+    x_TD, weights_TK = x_TD.to(dtype), weights_TK.to(dtype)
+    gate_up_E2FD, down_EDF = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
+    rows = []
+    for token, x_D in enumerate(x_TD):
+        y_D = torch.zeros_like(x_D)
+        for weight, expert in zip(weights_TK[token], indices_TK[token], strict=True):
+            gate_F, up_F = gate_up_E2FD[expert, 0] @ x_D, gate_up_E2FD[expert, 1] @ x_D
+            y_D = y_D + weight * (down_EDF[expert] @ (gate_F * gate_F.sigmoid() * up_F))
+        rows.append(y_D)
+    return torch.stack(rows)

@@ -1,0 +1,223 @@
+"""Assemble a public model and contributions into one mixture of experts (FLEXOLMO.md section 2, stage 4).
+
+No weight is computed: FFNs become experts, router rows are stacked below the public row, which is zero, and everything
+else is the public model's, bit for bit. One pass reads, checks, hashes and writes every tensor; the model appears
+under its final name when all of it has been verified.
+"""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from flexpert.assembly.base import (
+    BaseModel,
+    assembled_config,
+    assembled_shapes,
+    check_shapes,
+    expert_name,
+    ffn_name,
+    open_base,
+    router_name,
+    trunk_shapes,
+)
+from flexpert.assembly.record import AssemblyRecord, ExpertEntry, write_assembly
+from flexpert.assembly.tensors import ITEM_BYTES, FileRecord, TensorDigest, TensorSource, write_tensors
+from flexpert.checkpoint.digest import digest_of, tokenizer_digest
+from flexpert.checkpoint.store import atomic_directory
+from flexpert.contribution.record import PROJECTIONS, PUBLIC_ID
+from flexpert.contribution.verify import OpenContribution, check_against_base, open_contribution
+from flexpert.errors import UserError
+from flexpert.fields import FileEntry
+from flexpert.records import sha256_file, write_json
+
+TRUNK_FILE = "trunk.safetensors"
+ROUTER_FILE = "router.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+#: `rows[layer][expert]` is the raw bytes of a row.
+Rows = Sequence[Sequence[bytes]]
+
+
+def assemble(
+    base: Path, contributions: Sequence[Path], output: Path, *, active_experts: int | None = None
+) -> AssemblyRecord:
+    """Write the model of a public model and contributions, as a Hugging Face directory.
+
+    The same inputs give the same bytes, and so does a base that is sharded in another way.
+
+    Args:
+        base: directory of an Olmo2ForCausalLM.
+        contributions: directories; their order is the order of the experts, after the public one.
+        output: must not exist yet.
+        active_experts: experts that a token uses (k); None: all.
+
+    Returns:
+        The content of the model's `assembly.json`.
+
+    Raises:
+        UserError: an input is missing, malformed or altered, holds NaN or infinity, or does not fit the others. Nothing
+            is then left under `output`.
+    """
+    with ExitStack() as opened:
+        model = opened.enter_context(open_base(base))
+        experts = [opened.enter_context(open_contribution(path)) for path in contributions]
+        for expert in experts:
+            check_against_base(expert.record, model)
+        tokenizer_digest(base)  # so that an error names the base; the digest that counts is of the copy
+        biased = _check_together(experts)
+        num_experts = 1 + len(experts)
+        active = num_experts if active_experts is None else active_experts
+        if not 1 <= active <= num_experts:
+            raise UserError(f"active_experts={active} is not between 1 and the number of experts, {num_experts}")
+
+        with atomic_directory(output) as directory:
+            tokenizer = tuple(copy_file(base, directory, name) for name in TOKENIZER_FILES if (base / name).exists())
+            trunk, public, base_digest = _write_base(directory, model)
+            for expert in experts:
+                check_against_base(expert.record, model, base_digest)
+            own = [_write_expert(directory, index, expert) for index, expert in enumerate(experts, start=1)]
+            router = _write_routers(directory, model, experts, biased)
+            for tensors in [model.tensors, *(expert.tensors for expert in experts)]:
+                tensors.assert_each_read_once()
+
+            if (base / "generation_config.json").exists():
+                copy_file(base, directory, "generation_config.json")
+            config = assembled_config(model.config, num_experts, active, biased)
+            write_config_and_index(directory, config, [trunk, router, public, *own], base)
+            record = AssemblyRecord(
+                base_digest=base_digest,
+                active_experts=active,
+                biased=biased,
+                router=router.entry,
+                trunk=(trunk.entry,),
+                tokenizer=tokenizer,
+                experts=(
+                    ExpertEntry(PUBLIC_ID, "Public", None, None, public.entry),
+                    *(_entry(expert, file) for expert, file in zip(experts, own, strict=True)),
+                ),
+            )
+            write_assembly(directory, record)
+    return record
+
+
+def _check_together(experts: list[OpenContribution]) -> bool:
+    """Check the contributions against each other; returns whether their routers have a bias."""
+    records = [expert.record for expert in experts]
+    first = {record.identity.id: record for record in reversed(records)}
+    for record in records:
+        other = first[record.identity.id]
+        if other is not record:
+            raise UserError(
+                f"{other.directory} and {record.directory} are both the expert {record.identity.id!r}; give one of them"
+            )
+        if record.has_bias != records[0].has_bias:
+            raise UserError(
+                f"{records[0].directory} and {record.directory} differ in router.bias; train all with it or none"
+            )
+    return any(record.has_bias for record in records)
+
+
+def _write_base(directory: Path, model: BaseModel) -> tuple[FileRecord, FileRecord, str]:
+    """Write the trunk and the public expert; returns their records and the base digest of what was written."""
+    layers = range(model.architecture.num_hidden_layers)
+    names = {ffn_name(layer, part): expert_name(layer, 0, part) for layer in layers for part in PROJECTIONS}
+    trunk_names = trunk_shapes(model.config, model.directory)
+    trunk = write_tensors(directory / TRUNK_FILE, [model.tensors.source(name, name) for name in trunk_names])
+    sources = [model.tensors.source(name, target) for name, target in names.items()]
+    public = write_tensors(directory / expert_file(PUBLIC_ID), sources)
+    digests = {**trunk.tensors, **{name: public.tensors[target] for name, target in names.items()}}
+    return trunk, public, digest_of(digests, tokenizer_digest(directory))
+
+
+def _write_expert(directory: Path, index: int, expert: OpenContribution) -> FileRecord:
+    """Write a contribution's FFNs as the expert `index`; what was written must have the hashes of its record."""
+    layers = range(expert.record.architecture.num_hidden_layers)
+    names = {
+        f"layers.{layer}.{part}.weight": expert_name(layer, index, part) for layer in layers for part in PROJECTIONS
+    }
+    sources = [expert.tensors.source(name, target) for name, target in names.items()]
+    file = write_tensors(directory / expert_file(expert.record.identity.id), sources)
+    for name, target in names.items():
+        expert.check_sha256(name, file.tensors[target].sha256)
+    return file
+
+
+def _write_routers(directory: Path, model: BaseModel, experts: list[OpenContribution], biased: bool) -> FileRecord:
+    """Stack the contributions' rows below the public row, which is zero (`expert_shapes` says why)."""
+    item = ITEM_BYTES[model.dtype]
+    layers = range(model.architecture.num_hidden_layers)
+
+    def stack(part: str, row_bytes: int) -> Rows:
+        own = [[expert.read_checked(f"layers.{layer}.router.{part}") for expert in experts] for layer in layers]
+        return [[bytes(row_bytes), *rows] for rows in own]
+
+    weights = stack("weight", model.architecture.hidden_size * item)
+    biases = stack("bias", item) if biased else None
+    return write_routers(directory, model.dtype, weights, biases)
+
+
+def write_routers(directory: Path, dtype: str, weights: Rows, biases: Rows | None) -> FileRecord:
+    """Write the router of every layer into one file: weights [E, D] and, where there are any, biases [E]."""
+
+    def source(name: str, shape: tuple[int, ...], rows: Sequence[bytes]) -> TensorSource:
+        return TensorSource(name, dtype, shape, lambda: rows, name)
+
+    sources = []
+    for layer, rows in enumerate(weights):
+        E, D = len(rows), len(rows[0]) // ITEM_BYTES[dtype]
+        sources.append(source(router_name(layer, "weight"), (E, D), rows))
+        if biases is not None:
+            sources.append(source(router_name(layer, "bias"), (E,), biases[layer]))
+    return write_tensors(directory / ROUTER_FILE, sources)
+
+
+def _entry(expert: OpenContribution, file: FileRecord) -> ExpertEntry:
+    identity = expert.record.identity
+    return ExpertEntry(identity.id, identity.title, identity.license, expert.record.digest, file.entry)
+
+
+def expert_file(expert_id: str) -> str:
+    return f"expert-{expert_id}.safetensors"
+
+
+def copy_file(source: Path, target: Path, name: str) -> FileEntry:
+    """Copy a small file from one directory to another and hash the copy.
+
+    Raises:
+        UserError: it is missing, or not a file.
+    """
+    if not (source / name).is_file():
+        raise UserError(f"{source / name} does not exist or is not a file; fetch the model again")
+    shutil.copyfile(source / name, target / name)
+    return FileEntry(name, (target / name).stat().st_size, sha256_file(target / name))
+
+
+def write_config_and_index(directory: Path, config: dict[str, Any], files: Sequence[FileRecord], source: Path) -> None:
+    """Write `config.json` and the index of the files that were written, which must hold what the config calls for.
+
+    Raises:
+        UserError: a tensor is missing, left over, or has another shape; the message names `source`, the model that the
+            files were made from.
+    """
+    digests: dict[str, TensorDigest] = {}
+    weight_map: dict[str, str] = {}
+    for file in files:
+        for name, digest in file.tensors.items():
+            assert name not in digests, f"{name} was written to {weight_map[name]} and to {file.name}"
+            digests[name] = digest
+            weight_map[name] = file.name
+    shapes = {name: digest.shape for name, digest in digests.items()}
+    check_shapes(shapes, assembled_shapes(config, source / "config.json"), source)
+    write_json(directory / "config.json", config)
+    total = sum(digest.num_bytes for digest in digests.values())
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,0 +1,89 @@
+"""Digests of models: over what the tensors hold, never over files.
+
+The base digest says which public model an expert was trained against. It covers every tensor's name, dtype, shape and
+bytes, and the tokenizer; how the tensors are spread over files does not matter, so resharding keeps it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexpert.assembly.tensors import TensorDigest, open_model
+from flexpert.records import canonical_json, read_json, sha256_hex
+
+if TYPE_CHECKING:
+    import torch
+
+
+def digest_of(tensors: Mapping[str, TensorDigest], tokenizer: str) -> str:
+    """The base digest of tensors and a tokenizer.
+
+    Args:
+        tensors: Hugging Face name → digest of the tensor; the order does not matter.
+        tokenizer: as `tokenizer_digest` gives it.
+
+    Returns:
+        "sha256:" and 64 hexadecimal digits.
+    """
+    entries = {name: digest.to_json() for name, digest in tensors.items()}
+    return "sha256:" + sha256_hex(canonical_json({"tensors": entries, "tokenizer": tokenizer}))
+
+
+def base_digest(model_dir: Path) -> str:
+    """The base digest of a Hugging Face directory; reads every weight once.
+
+    Raises:
+        UserError: as `tensor_digests` and `tokenizer_digest`.
+    """
+    tokenizer = tokenizer_digest(model_dir)
+    return digest_of(tensor_digests(model_dir), tokenizer)
+
+
+def tensor_digests(model_dir: Path) -> dict[str, TensorDigest]:
+    """Digest every tensor of a Hugging Face directory, in pieces.
+
+    Raises:
+        UserError: weights are missing or malformed, or the index and the shards disagree.
+    """
+    digests = {}
+    with open_model(model_dir) as model:
+        for name, info in model.tensors.items():
+            content = hashlib.sha256()
+            for piece in model.read_pieces(name):
+                content.update(piece)
+            digests[name] = TensorDigest(info.dtype, info.shape, content.hexdigest())
+    return digests
+
+
+def tokenizer_digest(model_dir: Path) -> str:
+    """SHA-256, in hexadecimal, of what `tokenizer.json` means.
+
+    Truncation and padding are left out: they are settings of a call, and the tokenizers library writes the last ones
+    that were used into the file.
+
+    Raises:
+        UserError: `tokenizer.json` is missing or is not a JSON object.
+    """
+    tokenizer = read_json(model_dir / "tokenizer.json")
+    return sha256_hex(canonical_json({key: tokenizer[key] for key in tokenizer.keys() - {"truncation", "padding"}}))
+
+
+def digest_tensor(tensor: "torch.Tensor") -> TensorDigest:
+    """Digest a floating-point tensor in memory; equals the digest of the same tensor in a file."""
+    return TensorDigest(dtype_name(tensor), tuple(tensor.shape), hashlib.sha256(tensor_bytes(tensor)).hexdigest())
+
+
+def dtype_name(tensor: "torch.Tensor") -> str:
+    """Safetensors' name of a tensor's floating-point dtype."""
+    import torch
+
+    return {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[tensor.dtype]
+
+
+def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
+    """The raw bytes of a tensor, without a copy if it is contiguous and in host memory."""
+    import torch
+
+    # NumPy has no bfloat16, so the bytes are what it is given.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

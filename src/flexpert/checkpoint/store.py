@@ -1,0 +1,66 @@
+"""Directories that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flexpert.errors import UserError
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flush every file and directory below `directory` to the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in [*files, "."]:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `final` that takes its name when the block ends without an error.
+
+    The content is flushed before the rename, so a directory under its final name is complete whatever happens to the
+    process or the machine. An error or a kill leaves nothing under the final name; what a killed process left under a
+    temporary name is swept away by the next one that writes the same directory.
+
+    Raises:
+        UserError: `final` exists already, or its parent cannot be written.
+    """
+    if final.exists():
+        raise UserError(f"{final} exists already; remove it or choose another output_dir")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(f".{final.name}.*.partial"):
+            if not _alive(int(leftover.name.split(".")[-2])):
+                shutil.rmtree(leftover, ignore_errors=True)
+        temporary = final.parent / f".{final.name}.{os.getpid()}.partial"
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{final.parent} cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

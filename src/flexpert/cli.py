@@ -1,0 +1,67 @@
+"""The `flexpert` command: `flexpert STAGE key=value …`. Heavy imports wait until a stage is known."""
+
+import importlib
+import sys
+
+from flexpert import __version__
+from flexpert.errors import UserError
+
+#: Stage → (module:function that runs it on `(config, resolved_yaml)`, what it does).
+STAGES = {
+    "prepare": ("flexpert.data.prepare:run", "documents → token files"),
+    "pretrain": ("flexpert.train.pretrain:run", "tokens → public model"),
+    "expert": ("flexpert.train.expert:run", "public model + one owner's tokens → contribution"),
+    "assemble": ("flexpert.assembly.stages:run_assemble", "public model + contributions → one mixture"),
+    "remove": ("flexpert.assembly.stages:run_remove", "assembled model → the same without some experts"),
+    "tune_router": ("flexpert.train.tune_router:run", "assembled model + tokens → the same with tuned router rows"),
+    "evaluate": ("flexpert.evaluation.evaluate:run", "bits per byte, answers and routing, under any choice of experts"),
+    "generate": ("flexpert.evaluation.generate:run", "continue a prompt"),
+    "report": ("flexpert.monitor.report:run", "a run → one self-contained page"),
+    "pipeline": ("flexpert.launch.pipeline:run", "the whole graph, from text to report"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, STAGES))
+    lines = [f"  {stage:<{width}}  {text}" for stage, (_, text) in STAGES.items()]
+    return "\n".join(
+        [
+            f"flexpert {__version__}: experts trained apart, assembled into one model, and taken out again",
+            "",
+            "usage: flexpert STAGE [key=value …]      flexpert STAGE --help lists the keys",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one stage. Exit status: 0 done, 1 a defect of ours (with traceback), 2 a mistake in the input (one line)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return
+    try:
+        run_stage(arguments[0], arguments[1:])
+    except UserError as error:
+        print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("flexpert: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_stage(stage: str, overrides: list[str]) -> None:
+    if stage not in STAGES:
+        raise UserError(f"there is no stage '{stage}': choose one of {', '.join(STAGES)}")
+    from flexpert.config.compose import compose, describe
+
+    if any(flag in overrides for flag in ("-h", "--help")):
+        print(describe(stage))
+        return
+    config, resolved = compose(stage, overrides)
+    module, _, function = STAGES[stage][0].partition(":")
+    getattr(importlib.import_module(module), function)(config, resolved)

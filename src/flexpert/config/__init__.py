@@ -1,0 +1,1 @@
+"""Configuration: the schema (`groups`, `stages`) and how a command line becomes a config (`compose`)."""

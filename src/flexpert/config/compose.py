@@ -1,0 +1,251 @@
+"""From a command line to a locked config: compose with Hydra, set text past it, convert, check.
+
+Hydra's override grammar gives a meaning to `=`, `(`, `[`, `,`, `~`, blanks and number-like text inside values, and takes
+`model=DIR` for a choice in the group `model`. A path or a name must arrive as typed, so a value whose key the schema
+knows to be text (`is_text`) never meets that grammar: it is set on the composed config. Numbers, booleans and group
+choices go through Hydra.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from flexpert.config.groups import Lockable
+from flexpert.config.stages import STAGE_CONFIGS
+from flexpert.errors import UserError
+
+
+def conf_directory() -> Path:
+    """`conf/` as installed: a package of its own, so that it is found from a wheel and from a checkout."""
+    return Path(importlib.import_module("flexpert.conf").__path__[0])
+
+
+def group_options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
+
+
+def groups_of(stage: str) -> list[str]:
+    """The groups that a stage's defaults list chooses from."""
+    defaults = OmegaConf.load(conf_directory() / f"{stage}.yaml").get("defaults", [])
+    return [str(name) for entry in defaults if OmegaConf.is_dict(entry) for name in entry]
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra; nothing from the environment can enter a config."""
+    store = ConfigStore.instance()
+    for stage, schema in STAGE_CONFIGS.items():
+        store.store(name=f"{stage}_schema", node=schema)
+    OmegaConf.clear_resolver("oc.env")
+
+
+def unwrap_optional(hint: Any) -> Any:
+    """`X | None` to `X`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def field_hints(schema: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {field.name: unwrap_optional(hints[field.name]) for field in dataclasses.fields(schema)}
+
+
+def all_keys(schema: type, prefix: str = "") -> list[tuple[str, Any, "dataclasses.Field[Any]"]]:
+    """(dotted key, type, field) of every leaf of a schema, in order."""
+    keys = []
+    hints = field_hints(schema)
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[field.name]):
+            keys += all_keys(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            keys.append((prefix + field.name, hints[field.name], field))
+    return keys
+
+
+def split_items(text: str, opening: str = "[{(", closing: str = "]})") -> list[str]:
+    """Split at commas that are outside quotes and brackets."""
+    items, depth, quoted, item = [], 0, "", ""
+    for char in text:
+        if quoted:
+            quoted = "" if char == quoted else quoted
+        elif char in "'\"":
+            quoted = char
+        elif char in opening:
+            depth += 1
+        elif char in closing:
+            depth -= 1
+        if char == "," and depth == 0 and not quoted:
+            items.append(item)
+            item = ""
+        else:
+            item += char
+    return [item.strip() for item in [*items, item] if item.strip()]
+
+
+def unquote(text: str) -> str:
+    """Take off quotes that the user put around a value for Hydra's sake."""
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def list_items(text: str) -> list[str]:
+    text = text.strip()
+    return split_items(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
+
+
+def parse_text(text: str, hint: Any) -> Any:
+    """A value of type `hint`, `str`, `list[str]` or a mapping, exactly as typed; `null` is None."""
+    if text == "null":
+        return None
+    if hint is str:
+        return unquote(text)
+    if typing.get_origin(hint) is dict:
+        return parse_mapping(text, typing.get_args(hint)[1])
+    return [unquote(item) for item in list_items(text)]
+
+
+def parse_mapping(text: str, hint: Any) -> dict[str, Any]:
+    """`{name:value,…}` where `hint` is the type of the values; the names are always text, also `2024_05`."""
+    text = text.strip()
+    if not (text.startswith("{") and text.endswith("}")):
+        raise UserError(f"{text} is not a mapping: write {{NAME:VALUE,…}}")
+    result = {}
+    for item in split_items(text[1:-1]):
+        name, colon, value = item.partition(":")
+        if not colon:
+            raise UserError(f"'{item}' in {text} has no value: write {{NAME:VALUE,…}}")
+        result[unquote(name.strip())] = parse_text(value.strip(), hint if hint == list[str] else str)
+    return result
+
+
+def is_text(hint: Any) -> bool:
+    return hint in (str, list[str]) or typing.get_origin(hint) is dict
+
+
+class TextOverride(NamedTuple):
+    """An override that is set after Hydra has composed the rest.
+
+    `merge` adds to a mapping; a `literal` (a prompt) is set last of all, so that `${` in it means nothing.
+    """
+
+    key: str
+    value: Any
+    merge: bool = False
+    literal: bool = False
+
+
+def parse_override(override: str, stage: str) -> str | TextOverride:
+    """One override as typed: for Hydra, or to be set past it.
+
+    Raises:
+        UserError: not of the form `key=value`, or no such key; the message names the nearest one.
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"'{override}' is not an override: write key=value (see `flexpert {stage} --help`)")
+    name = key.lstrip("+")
+    leaves = {leaf: (hint, field) for leaf, hint, field in all_keys(STAGE_CONFIGS[stage])}
+    if name in leaves:
+        hint, field = leaves[name]
+        if field.metadata.get("literal"):
+            return TextOverride(name, value, literal=True)
+        if is_text(hint):
+            return TextOverride(name, parse_text(value, hint))
+        return f"{name}={value}"
+    parent, _, item = name.rpartition(".")
+    if parent in leaves and typing.get_origin(leaves[parent][0]) is dict:
+        item_hint = typing.get_args(leaves[parent][0])[1]
+        return TextOverride(parent, {item: parse_text(value, item_hint if item_hint == list[str] else str)}, merge=True)
+    if name in groups_of(stage):
+        if value not in group_options(name):
+            raise UserError(f"there is no {name}={value}: choose one of {', '.join(group_options(name))}")
+        return override
+    nearest = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
+    nearest = nearest or [leaf for leaf in leaves if leaf.endswith(f".{name}")][:1]
+    hint_text = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"unknown key '{name}' for stage {stage}{hint_text} (all keys: `flexpert {stage} --help`)")
+
+
+def one_line(error: Exception) -> str:
+    """The first informative line of a Hydra or OmegaConf error, with the full key where it has one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        return one_line(error.__cause__) if isinstance(error.__cause__, Exception) else lines[0]
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def lock_all(config: Any, path: str = "") -> None:
+    """Lock nested groups first, and check each one once its parts are."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Lockable):
+            lock_all(value, f"{path}{field.name}.")
+    config.lock()
+    config.check()
+
+
+def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
+    """Compose, check and lock the config of a stage.
+
+    Returns:
+        The stage's dataclass, read-only, and the resolved config as YAML.
+
+    Raises:
+        UserError: unknown key or group option, wrong type, a mandatory key not given, values that cannot work together.
+    """
+    register_schema()
+    parsed = [parse_override(override, stage) for override in overrides]
+    for_hydra = [override for override in parsed if isinstance(override, str)]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("flexpert.conf", version_base="1.3"):
+            node = hydra_compose(config_name=stage, overrides=for_hydra)
+        texts = [override for override in parsed if isinstance(override, TextOverride)]
+        for key, value, merge, _ in (override for override in texts if not override.literal):
+            before = OmegaConf.select(node, key) if merge else {}
+            with open_dict(node):
+                OmegaConf.update(node, key, {**before, **value} if merge else value, merge=False)
+        missing = sorted(OmegaConf.missing_keys(node))
+        if missing:
+            raise UserError(f"{stage} needs {', '.join(f'{key}=…' for key in missing)}")
+        OmegaConf.resolve(node)
+        config = OmegaConf.to_object(node)
+        text = OmegaConf.to_yaml(node)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{stage} needs a value: {one_line(error)}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from None
+    for override in (override for override in texts if override.literal):
+        setattr(config, override.key, override.value)
+    lock_all(config)
+    return config, text
+
+
+def describe(stage: str) -> str:
+    """The help of a stage: every key with its default and meaning."""
+    register_schema()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("flexpert.conf", version_base="1.3"):
+        node = hydra_compose(config_name=stage)
+    schema = STAGE_CONFIGS[stage]
+    lines = [(schema.__doc__ or "").strip(), "", f"usage: flexpert {stage} key=value …", ""]
+    lines += [f"  {group}=NAME   one of {', '.join(group_options(group))}" for group in groups_of(stage)]
+    for key, _, field in all_keys(schema):
+        value = OmegaConf.select(node, key, throw_on_missing=False)
+        missing = OmegaConf.is_missing(node, key) if "." not in key else value is None and field.default == "???"
+        shown = "required" if missing else OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        lines.append(f"  {key}={'null' if shown is None else shown}\n        {field.metadata['help']}")
+    return "\n".join(lines)
+

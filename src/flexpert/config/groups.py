@@ -1,0 +1,351 @@
+"""The schema of `conf/`: one dataclass per Hydra group and per stage.
+
+The classes are plain dataclasses, registered as Hydra structured configs, so an unknown key or a wrong type fails when
+the config is composed. `flexpert.compose` turns a command line into one of the stage classes, locks it (assignment
+raises from then on) and calls every `check`. Each option's help text stands beside its default and is what
+`flexpert STAGE --help` prints.
+"""
+
+import re
+from dataclasses import FrozenInstanceError, dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from flexpert.errors import UserError
+
+EXPERT_ID = re.compile(r"[a-z][a-z0-9-]*")
+
+
+def opt(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with a default and a help text; lists and dicts get a fresh copy each."""
+    metadata["help"] = help
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{key}={value} is not one of {', '.join(choices)}")
+
+
+def check_positive(prefix: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
+
+
+class Lockable:
+    """Assignment raises once `lock` was called: stages share one config and none may bend it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_locked"):
+            raise FrozenInstanceError(f"the config is read-only: cannot set {name}")
+        object.__setattr__(self, name, value)
+
+    def lock(self) -> None:
+        object.__setattr__(self, "_locked", True)
+
+    def check(self) -> None:
+        """Raise `UserError` for values that cannot work together."""
+
+
+@dataclass
+class ModelConfig(Lockable):
+    """Group `model`: the shape of an OLMo2 model (`num_experts=0`) or a FlexOlmo mixture."""
+
+    hidden_size: int = opt(MISSING, "width of the residual stream, D")
+    num_layers: int = opt(MISSING, "decoder blocks, L")
+    num_heads: int = opt(MISSING, "attention heads")
+    num_kv_heads: int | None = opt(None, "key/value heads; null: as many as heads")
+    intermediate_size: int = opt(MISSING, "FFN width, F")
+    vocab_size: int | None = opt(None, "rows of the embedding; null: the tokenizer's, padded to a multiple of 128")
+    max_sequence_length: int = opt(4096, "longest context, tokens")
+    num_experts: int = opt(0, "experts, E; 0: a dense model")
+    active_experts: int = opt(1, "experts that run for each token, k")
+    router_bias: bool = opt(False, "the router has a bias, at most 0")
+    rms_norm_eps: float = opt(1e-6, "epsilon of every RMSNorm")
+    rope_theta: float = opt(500_000.0, "base of the rotary frequencies")
+    initializer_range: float = opt(0.02, "standard deviation of the initial weights")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding; asserts that the tokenizer has been consulted."""
+        assert self.vocab_size is not None, "vocab_size is set from the tokenizer before a model is built"
+        return self.vocab_size
+
+    def num_ffn_params(self) -> int:
+        """Parameters of one expert (or of the dense FFN) over all layers."""
+        return self.num_layers * 3 * self.hidden_size * self.intermediate_size
+
+    def num_trunk_params(self) -> int:
+        """Parameters of everything but FFNs and routers: what every expert shares."""
+        width, kv_width = self.hidden_size, self.kv_heads * self.head_dim
+        attention = 2 * width * width + 2 * width * kv_width
+        norms = width + kv_width + 2 * width
+        return 2 * self.vocab * width + self.num_layers * (attention + norms) + width
+
+    def num_router_params(self) -> int:
+        return self.num_layers * self.num_experts * (self.hidden_size + int(self.router_bias))
+
+    def num_params(self) -> int:
+        return self.num_trunk_params() + max(1, self.num_experts) * self.num_ffn_params() + self.num_router_params()
+
+    def num_active_params(self) -> int:
+        """Parameters that take part in one token: `active_experts` of the experts, and all of the rest."""
+        active = min(self.active_experts, self.num_experts) if self.num_experts else 1
+        return self.num_trunk_params() + active * self.num_ffn_params() + self.num_router_params()
+
+    def check(self) -> None:
+        check_positive("model", self, "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+        check_positive("model", self, "vocab_size", "max_sequence_length", "active_experts")
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size={self.hidden_size} does not divide by model.num_heads={self.num_heads}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"model.hidden_size / model.num_heads = {self.head_dim} must be even for rotary embeddings",
+        )
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"model.num_heads={self.num_heads} does not divide by model.num_kv_heads={self.kv_heads}",
+        )
+        require(self.num_experts >= 0, f"model.num_experts={self.num_experts} must be 0 (dense) or more")
+        if self.num_experts:
+            require(
+                self.active_experts <= self.num_experts,
+                f"model.active_experts={self.active_experts} is more than model.num_experts={self.num_experts}",
+            )
+
+
+@dataclass
+class OptimConfig(Lockable):
+    """Group `optim`: AdamW and its schedule. A learning rate is per step, tokens do not scale it."""
+
+    lr: float = opt(9e-4, "peak learning rate")
+    router_lr: float | None = opt(None, "peak learning rate of router rows and biases; null: optim.lr")
+    betas: list[float] = opt([0.9, 0.95], "AdamW's decay rates")
+    eps: float = opt(1e-8, "AdamW's epsilon")
+    weight_decay: float = opt(0.1, "decoupled weight decay; never on embeddings")
+    grad_clip: float | None = opt(1.0, "largest global gradient norm; null: no clipping")
+    schedule: str = opt("cosine", "cosine, linear or constant, after the warm-up")
+    warmup_steps: int = opt(2000, "steps of linear warm-up from 0")
+    final_lr_ratio: float = opt(0.1, "learning rate at the horizon, as a share of the peak")
+    horizon_steps: int | None = opt(
+        None, "step at which the schedule ends, which may lie beyond the run's end; null: the run's last step"
+    )
+
+    def check(self) -> None:
+        check_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
+        check_positive("optim", self, "lr", "router_lr", "eps", "grad_clip", "horizon_steps")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={self.betas} must be two numbers in [0, 1)",
+        )
+
+
+@dataclass
+class ParallelConfig(Lockable):
+    """Group `parallel`: how one stage uses the machine."""
+
+    threads: int | None = opt(None, "CPU threads of a process; null: PyTorch's choice")
+
+    def check(self) -> None:
+        check_positive("parallel", self, "threads")
+
+
+@dataclass
+class MonitorConfig(Lockable):
+    """Group `monitor`: what is told while a stage runs. `metrics.jsonl` is written whatever is set here."""
+
+    log_interval: int = opt(10, "steps between two lines of progress")
+    wandb: str = opt("auto", "off, offline, online, or auto: online with WANDB_API_KEY, offline without, off uninstalled")
+    project: str = opt("flexpert", "W&B project")
+    entity: str | None = opt(None, "W&B entity (team or user)")
+    group: str | None = opt(None, "W&B group; a pipeline sets its own name")
+
+    def check(self) -> None:
+        check_positive("monitor", self, "log_interval")
+        check_choice("monitor.wandb", self.wandb, ("off", "offline", "online", "auto"))
+
+
+@dataclass
+class TrainDataConfig(Lockable):
+    dir: str = opt(MISSING, "data set written by `flexpert prepare`")
+    intra_document_attention: bool = opt(False, "no token attends to another document in its window")
+
+
+@dataclass
+class TrainConfig(Lockable):
+    """What every training stage shares. A step is one optimiser update over `batch_tokens` tokens."""
+
+    steps: int | None = opt(None, "optimiser steps; give this or train.tokens")
+    tokens: int | None = opt(None, "training tokens, rounded up to whole steps")
+    batch_tokens: int = opt(4_194_304, "tokens in one optimiser step")
+    sequence_length: int = opt(4096, "tokens in one sequence")
+    microbatch_sequences: int | None = opt(None, "sequences in one forward pass; null: all of the step's")
+    z_loss: float = opt(1e-5, "weight of the squared log-normaliser of the output distribution")
+    router_z_loss: float = opt(1e-3, "weight of the squared log-normaliser of the routers, summed over layers")
+    loss_chunk_tokens: int = opt(1024, "tokens whose logits are held at one time")
+    evaluation_interval: int | None = opt(None, "steps between two evaluations on the valid split; null: none")
+    evaluation_sequences: int = opt(64, "sequences of one such evaluation")
+    device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
+
+    def check(self) -> None:
+        check_positive("train", self, "steps", "tokens", "batch_tokens", "sequence_length", "microbatch_sequences")
+        check_positive("train", self, "loss_chunk_tokens", "evaluation_interval", "evaluation_sequences")
+        require((self.steps is None) != (self.tokens is None), "give exactly one of train.steps and train.tokens")
+        require(
+            self.batch_tokens % self.sequence_length == 0,
+            f"train.batch_tokens={self.batch_tokens} does not divide by train.sequence_length={self.sequence_length}",
+        )
+        require(
+            self.batch_sequences % self.microbatch == 0,
+            f"the {self.batch_sequences} sequences of a step (train.batch_tokens / train.sequence_length) do not "
+            f"divide by train.microbatch_sequences={self.microbatch_sequences}",
+        )
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def microbatch(self) -> int:
+        return self.microbatch_sequences or self.batch_sequences
+
+    @property
+    def num_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -(-self.tokens // self.batch_tokens)
+
+
+@dataclass
+class CheckpointConfig(Lockable):
+    interval: int | None = opt(500, "steps between two training checkpoints; null: none")
+    keep: int = opt(2, "newest checkpoints that are kept")
+
+    def check(self) -> None:
+        check_positive("checkpoint", self, "interval", "keep")
+
+
+@dataclass
+class RouterConfig(Lockable):
+    """How an expert's router row starts. Rows are stored relative to the public row, which is 0."""
+
+    init: str = opt("mean", "mean, unit_mean, discriminant or random")
+    embedding: str = opt(
+        "stream", "stream: the public model's own at every layer; a sentence-transformers directory; or a .npy vector"
+    )
+    public_embedding: str | None = opt(None, "the public documents' .npy vector, where router.embedding is one")
+    public_data: str | None = opt(None, "public data set to contrast with; needed by mean, unit_mean, discriminant")
+    documents: int = opt(1000, "documents that the statistics are taken from, own and public each")
+    bias: bool = opt(False, "train a bias, at most 0; the assembled model then needs Flexpert to load it")
+
+    def check(self) -> None:
+        check_choice("router.init", self.init, ("mean", "unit_mean", "discriminant", "random"))
+        check_positive("router", self, "documents")
+        is_vector = self.embedding.endswith(".npy")
+        if self.init == "discriminant":
+            require(self.embedding == "stream", "router.init=discriminant needs router.embedding=stream")
+        if is_vector and self.init != "random":
+            require(self.public_embedding is not None, "router.embedding=FILE.npy needs router.public_embedding")
+        elif self.init != "random":
+            require(
+                self.public_data is not None,
+                f"router.init={self.init} needs router.public_data=DIR, public text to contrast with",
+            )
+
+
+@dataclass
+class PrepareDataConfig(Lockable):
+    """Group `data` of `prepare`: where documents come from."""
+
+    documents: str = opt(MISSING, "glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or text files, or demo:NAME")
+    text_field: str = opt("text", "field of a JSON line or parquet row that holds the text")
+    license: str | None = opt(None, "licence of the text, kept in the manifest")
+    answer_marker: str | None = opt(None, "text before the final answer of a document; evaluation scores what follows")
+
+
+@dataclass
+class TrainTokenizerConfig(Lockable):
+    vocab_size: int | None = opt(None, "train a byte-level BPE of this size on the documents; null: use tokenizer=DIR")
+
+    def check(self) -> None:
+        require(
+            self.vocab_size is None or self.vocab_size >= 300,
+            f"train_tokenizer.vocab_size={self.vocab_size} is too small: a byte-level BPE has 256 bytes to start with",
+        )
+
+
+@dataclass
+class EvaluateDataConfig(Lockable):
+    dirs: dict[str, str] = opt({}, "data sets to evaluate on: {news:DIR,math:DIR}")
+    split: str = opt("valid", "valid or train")
+    max_documents: int | None = opt(None, "documents of each data set; null: all of the split")
+
+    def check(self) -> None:
+        check_choice("data.split", self.split, ("valid", "train"))
+        require(len(self.dirs) > 0, "data.dirs={NAME:DIR,…} names no data set")
+        check_positive("data", self, "max_documents")
+
+
+@dataclass
+class BaselinesConfig(Lockable):
+    """What an assembled model is compared with: the owners' dense fine-tunes, alone and combined."""
+
+    public: str | None = opt(None, "the public model")
+    dense: dict[str, str] = opt({}, "dense fine-tunes of the public model by domain: {news:DIR,…}")
+    soup: bool = opt(True, "average of the public model's and all dense fine-tunes' weights")
+    btm: bool = opt(True, "Branch-Train-Merge: ensemble weighted by each model's likelihood of the text so far")
+    btm_temperature: float = opt(1.0, "temperature of those weights, nats per token of evidence")
+
+
+@dataclass
+class LauncherConfig(Lockable):
+    """Group `launcher`: how a pipeline starts its stages."""
+
+    kind: str = opt("local", "local: processes on this machine")
+    max_jobs: int = opt(2, "stages that run side by side")
+    threads_per_job: int | None = opt(None, "CPU threads of a stage; null: cores / max_jobs, all for a stage that is alone")
+
+    def check(self) -> None:
+        check_choice("launcher.kind", self.kind, ("local",))
+        check_positive("launcher", self, "max_jobs", "threads_per_job")
+
+
+@dataclass
+class PipelineGraphConfig(Lockable):
+    """Group `pipeline`: the stages of a run as lists of overrides, written just as on the command line."""
+
+    name: str = opt(MISSING, "name of the run")
+    base: str | None = opt(None, "an existing public model; null: pretrain one")
+    public_data: list[str] = opt([], "overrides of `prepare` for the public text")
+    public: list[str] = opt([], "overrides of `pretrain` for the public model")
+    experts: dict[str, list[str]] = opt({}, "expert id: overrides of `prepare` for its owner's text")
+    prepare: list[str] = opt([], "overrides of `prepare` shared by all experts")
+    expert: list[str] = opt([], "overrides of `expert` shared by all experts")
+    dense: list[str] | None = opt(None, "overrides of `pretrain` for dense fine-tunes (baselines); null: none")
+    assemble: list[str] = opt([], "overrides of `assemble`")
+    tune_router: list[str] | None = opt(None, "overrides of `tune_router`; null: the router stays as assembled")
+    evaluate: list[str] = opt([], "overrides of `evaluate`")
+    gates: dict[str, float] = opt({}, "thresholds that the evaluation must meet, by name; see flexpert.evaluation.gates")

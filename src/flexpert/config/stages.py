@@ -1,0 +1,217 @@
+"""The schema of each stage's config: what `conf/STAGE.yaml` may hold."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from flexpert.config.groups import (
+    EXPERT_ID,
+    BaselinesConfig,
+    CheckpointConfig,
+    EvaluateDataConfig,
+    LauncherConfig,
+    Lockable,
+    ModelConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    PipelineGraphConfig,
+    PrepareDataConfig,
+    RouterConfig,
+    TrainConfig,
+    TrainDataConfig,
+    TrainTokenizerConfig,
+    check_choice,
+    check_positive,
+    opt,
+    require,
+)
+
+
+@dataclass
+class TrainingStage(Lockable):
+    """Keys that every training stage has."""
+
+    data: TrainDataConfig = opt(TrainDataConfig, "")
+    train: TrainConfig = opt(TrainConfig, "")
+    optim: OptimConfig = opt(OptimConfig, "")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig, "")
+    parallel: ParallelConfig = opt(ParallelConfig, "")
+    monitor: MonitorConfig = opt(MonitorConfig, "")
+    resume: str = opt("auto", "auto: from the newest checkpoint in output_dir; never: refuse a used output_dir")
+    seed: int = opt(0, "the only source of randomness: weights and the order of the data")
+    output_dir: str = opt(MISSING, "where the stage writes")
+
+    def check(self) -> None:
+        check_choice("resume", self.resume, ("auto", "never"))
+
+
+@dataclass
+class PretrainConfig(TrainingStage):
+    """`flexpert pretrain`: a dense public model, from nothing or from an existing one."""
+
+    model: ModelConfig = opt(ModelConfig, "")
+    base: str | None = opt(None, "start from this Olmo2ForCausalLM directory; its shape replaces model.*")
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.model.num_experts == 0,
+            "pretrain trains the dense public model: set model.num_experts=0 (experts come from `flexpert expert`)",
+        )
+
+
+@dataclass
+class ExpertConfig(TrainingStage):
+    """`flexpert expert`: one owner's expert, trained beside the frozen public model."""
+
+    base: str = opt(MISSING, "the public model, an Olmo2ForCausalLM directory")
+    name: str = opt(MISSING, "the expert's id: a-z, then a-z, 0-9 and -")
+    title: str | None = opt(None, "display name; null: the id")
+    license: str | None = opt(None, "licence of the contribution, as an SPDX expression")
+    router: RouterConfig = opt(RouterConfig, "")
+
+    def check(self) -> None:
+        super().check()
+        require(
+            EXPERT_ID.fullmatch(self.name) is not None and self.name != "public",
+            f"name={self.name} is not an expert id: a-z, then a-z, 0-9 and '-'; 'public' is taken "
+            "(title= is the display name)",
+        )
+
+
+@dataclass
+class TuneRouterConfig(TrainingStage):
+    """`flexpert tune_router`: train the router rows of an assembled model, and nothing else."""
+
+    model: str = opt(MISSING, "assembled model directory")
+    active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
+
+    def check(self) -> None:
+        super().check()
+        check_positive("tune_router", self, "active_experts")
+
+
+@dataclass
+class PrepareConfig(Lockable):
+    """`flexpert prepare`: documents to token files that Megatron reads."""
+
+    data: PrepareDataConfig = opt(PrepareDataConfig, "")
+    tokenizer: str | None = opt(None, "directory with tokenizer.json (a model's, or a data set's `tokenizer`)")
+    train_tokenizer: TrainTokenizerConfig = opt(TrainTokenizerConfig, "")
+    valid_fraction: float = opt(0.01, "share of the documents held out, chosen by a hash of the text")
+    valid_documents: int | None = opt(None, "at most this many held-out documents are kept; the others are dropped")
+    seed: int = opt(0, "seed of demo:NAME")
+    output_dir: str = opt(MISSING, "where the stage writes")
+
+    def check(self) -> None:
+        require(0 <= self.valid_fraction < 1, f"valid_fraction={self.valid_fraction} must be in [0, 1)")
+        require(
+            (self.tokenizer is None) != (self.train_tokenizer.vocab_size is None),
+            "give either tokenizer=DIR or train_tokenizer.vocab_size=N",
+        )
+
+
+@dataclass
+class AssembleConfig(Lockable):
+    """`flexpert assemble`: public model and contributions to one mixture, with no training."""
+
+    base: str = opt(MISSING, "the public model that every contribution was trained against")
+    contributions: list[str] = opt([], "contribution directories; their order is the experts' order")
+    active_experts: int | None = opt(None, "experts that run for each token; null: all")
+    output_dir: str = opt(MISSING, "where the assembled model goes")
+
+    def check(self) -> None:
+        require(len(self.contributions) > 0, "contributions=[DIR,…] names no contribution")
+        check_positive("assemble", self, "active_experts")
+
+
+@dataclass
+class RemoveConfig(Lockable):
+    """`flexpert remove`: an assembled model without some experts, byte for byte as if they had never been there."""
+
+    model: str = opt(MISSING, "assembled model directory")
+    experts: list[str] = opt([], "ids of the experts to take out")
+    record_removed: bool = opt(False, "keep the number (never the names) of removed experts in assembly.json")
+    output_dir: str = opt(MISSING, "where the smaller model goes")
+
+    def check(self) -> None:
+        require(len(self.experts) > 0, "experts=[ID,…] names no expert")
+
+
+@dataclass
+class EvaluateConfig(Lockable):
+    """`flexpert evaluate`: bits per byte, answers and routing on held-out documents, under any choice of experts."""
+
+    model: str = opt(MISSING, "model directory, dense or assembled")
+    data: EvaluateDataConfig = opt(EvaluateDataConfig, "")
+    exclude: list[str] = opt([], "experts to leave out; as if removed")
+    active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
+    sweep_active_experts: list[int] = opt([], "also evaluate with each of these numbers of active experts")
+    leave_one_out: bool = opt(False, "also evaluate without each expert in turn")
+    baselines: BaselinesConfig = opt(BaselinesConfig, "")
+    sequence_length: int | None = opt(None, "context window, tokens; null: the model's")
+    batch_sequences: int = opt(16, "windows in one forward pass")
+    device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
+    parallel: ParallelConfig = opt(ParallelConfig, "")
+    output_dir: str = opt(MISSING, "where evaluation.json goes")
+
+    def check(self) -> None:
+        check_positive("evaluate", self, "active_experts", "sequence_length", "batch_sequences")
+
+
+@dataclass
+class GenerateConfig(Lockable):
+    """`flexpert generate`: continue a prompt."""
+
+    model: str = opt(MISSING, "model directory, dense or assembled")
+    prompt: str = opt("-", "text to continue; -: read standard input", literal=True)
+    prompt_file: str | None = opt(None, "read the prompt from this file instead")
+    exclude: list[str] = opt([], "experts to leave out; as if removed")
+    active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
+    max_new_tokens: int = opt(64, "longest continuation, tokens")
+    temperature: float = opt(0.0, "0: greedy; otherwise sample from softmax(logits / temperature)")
+    top_k: int | None = opt(None, "sample from this many likeliest tokens")
+    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this much probability")
+    seed: int = opt(0, "seed of the sampling")
+    device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
+    parallel: ParallelConfig = opt(ParallelConfig, "")
+
+    def check(self) -> None:
+        check_positive("generate", self, "active_experts", "max_new_tokens", "top_k")
+        require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+
+
+@dataclass
+class ReportConfig(Lockable):
+    """`flexpert report`: one self-contained page about a pipeline's run."""
+
+    run: str = opt(MISSING, "run directory of a pipeline")
+    output: str | None = opt(None, "HTML file to write; null: report.html in the run directory")
+
+
+@dataclass
+class PipelineConfig(Lockable):
+    """`flexpert pipeline`: the whole graph, from text to report; started again, it does only what is missing."""
+
+    pipeline: PipelineGraphConfig = opt(PipelineGraphConfig, "")
+    launcher: LauncherConfig = opt(LauncherConfig, "")
+    monitor: MonitorConfig = opt(MonitorConfig, "")
+    seed: int = opt(0, "seed of every stage")
+    output_dir: str = opt("runs/${pipeline.name}", "run directory")
+
+
+#: Stage name → schema of its config; `conf/STAGE.yaml` holds the defaults.
+STAGE_CONFIGS: dict[str, type[Lockable]] = {
+    "prepare": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "expert": ExpertConfig,
+    "assemble": AssembleConfig,
+    "remove": RemoveConfig,
+    "tune_router": TuneRouterConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "report": ReportConfig,
+    "pipeline": PipelineConfig,
+}

@@ -1,0 +1,156 @@
+"""What a contribution is: one owner's expert for one public model, as a directory of two files.
+
+`contribution.json` says what `expert.safetensors` holds and what it was trained against. Shape letters:
+D hidden size, F the expert's own FFN width.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexpert.assembly.tensors import TensorDigest
+from flexpert.errors import UserError
+from flexpert.fields import FileEntry
+from flexpert.records import canonical_json, sha256_hex
+
+CONTRIBUTION_KIND = "flexpert.contribution"
+RECORD_NAME = "contribution.json"
+TENSORS_NAME = "expert.safetensors"
+
+#: The id of the public model's own FFN in an assembled model.
+PUBLIC_ID = "public"
+
+#: The matrices of one FFN: W1, W3 and W2 of `E(x) = W2 (silu(W1 x) ⊙ W3 x)` (FLEXOLMO.md section 1).
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+#: Dtypes that an expert may have.
+EXPERT_DTYPES = ("F32", "BF16")
+
+# Ids become file names, so they are short enough for every file system.
+_ID = re.compile(r"[a-z][a-z0-9-]{0,63}")
+
+
+@dataclass(frozen=True)
+class ExpertIdentity:
+    """Who an expert is.
+
+    Attributes:
+        id: stable and unique in a model; the index of the expert in a model is something else.
+        title: for people.
+        license: an SPDX expression or any other text, or None where the owner states none.
+    """
+
+    id: str
+    title: str
+    license: str | None = None
+
+
+def check_identity(identity: ExpertIdentity, where: Path | str) -> None:
+    """Refuse ids and titles that cannot be used.
+
+    Raises:
+        UserError: the id is malformed or reserved, or a text does not fit on one line.
+    """
+    if not _ID.fullmatch(identity.id):
+        raise UserError(
+            f"{where}: the expert id {identity.id!r} is invalid; use a-z, 0-9 and '-', a letter first, "
+            "at most 64 characters"
+        )
+    if identity.id == PUBLIC_ID:
+        raise UserError(f"{where}: the expert id {PUBLIC_ID!r} is reserved for the public model; choose another id")
+    for name, text in (("title", identity.title), ("license", identity.license or "")):
+        if not text.isprintable():
+            raise UserError(f"{where}: the {name} of the expert {identity.id} must be one line of printable text")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape that an expert shares with its base. `intermediate_size` is the width of the expert's own FFN."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "intermediate_size": self.intermediate_size,
+        }
+
+
+def expert_shapes(architecture: Architecture, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of a contribution, in the order in which they are stored.
+
+    The router row is relative to the public expert's, which is the zero vector: softmax does not change when the same
+    vector is taken from every row. So a contribution carries one row per layer, and a bias if the router has one.
+    """
+    D, F = architecture.hidden_size, architecture.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(architecture.num_hidden_layers):
+        shapes[f"layers.{layer}.gate_proj.weight"] = (F, D)
+        shapes[f"layers.{layer}.up_proj.weight"] = (F, D)
+        shapes[f"layers.{layer}.down_proj.weight"] = (D, F)
+        shapes[f"layers.{layer}.router.weight"] = (D,)
+        if bias:
+            shapes[f"layers.{layer}.router.bias"] = (1,)
+    return shapes
+
+
+def contribution_digest(expert_id: str, base_digest: str, tensors: Mapping[str, TensorDigest]) -> str:
+    """The identity of a contribution: its id, its base and its tensors, however they are spread over files."""
+    entries = {name: digest.to_json() for name, digest in tensors.items()}
+    content = {"id": expert_id, "base_digest": base_digest, "tensors": entries}
+    return "sha256:" + sha256_hex(canonical_json(content))
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """The content of `contribution.json`.
+
+    Attributes:
+        directory: where it lies.
+        identity: whose it is.
+        base_digest: the public model that it was trained against.
+        architecture: its shape.
+        dtype: of every tensor; one of `EXPERT_DTYPES`.
+        router: "bias" (bool) and "init" (how the rows started).
+        training: facts about the training, such as steps and tokens; for people.
+        files: the safetensors files.
+        tensors: name → digest.
+    """
+
+    directory: Path
+    identity: ExpertIdentity
+    base_digest: str
+    architecture: Architecture
+    dtype: str
+    router: Mapping[str, Any]
+    training: Mapping[str, Any]
+    files: tuple[FileEntry, ...]
+    tensors: Mapping[str, TensorDigest]
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.router["bias"])
+
+    @property
+    def digest(self) -> str:
+        return contribution_digest(self.identity.id, self.base_digest, self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.identity.id,
+            "title": self.identity.title,
+            "license": self.identity.license,
+            "base_digest": self.base_digest,
+            "architecture": self.architecture.to_json(),
+            "dtype": self.dtype,
+            "router": dict(self.router),
+            "training": dict(self.training),
+            "files": [file.to_json() for file in self.files],
+            "tensors": {name: digest.to_json() for name, digest in self.tensors.items()},
+            "digest": self.digest,
+        }

@@ -1,0 +1,107 @@
+"""Windows over a token stream, in an order that is a function of (seed, step) alone.
+
+Sequence i of a data set is tokens [i·S, (i+1)·S] of its documents laid end to end: S inputs and, one later, S targets.
+An epoch visits every sequence once. The order needs no index in memory and no state in a checkpoint: position p of
+epoch e is `permuted(p, N, seed, e)`, a Feistel network over [0, N), so it works as well for 10^9 sequences.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flexpert.data.indexed import IndexedTokens
+from flexpert.errors import UserError
+from flexpert.records import read_record
+
+FEISTEL_ROUNDS = 6
+
+
+def permuted(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A pseudo-random permutation of [0, size), evaluated at `positions`.
+
+    A balanced Feistel network over the next power of four, walked until the value falls inside the range (cycle
+    walking keeps it a permutation; four steps on average at most).
+    """
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half_bits) - 1)
+    shift = np.uint64(half_bits)
+    digest = hashlib.sha256(f"{seed}/{epoch}/{size}".encode()).digest()
+    keys = np.frombuffer(digest + hashlib.sha256(digest).digest(), np.uint64)[:FEISTEL_ROUNDS]
+    result = positions.astype(np.uint64)
+    todo = np.arange(len(result))
+    while len(todo):
+        left, right = result[todo] >> shift, result[todo] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+            mixed = (mixed * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)
+            left, right = right, left ^ (mixed & mask)
+        result[todo] = (left << shift) | right
+        todo = todo[result[todo] >= size]
+    return result.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class DataManifest:
+    """What `prepare` recorded about a data set directory."""
+
+    directory: Path
+    tokenizer_digest: str
+    vocab_size: int
+    eos_id: int
+    answer_marker: str | None
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.directory / "tokenizer"
+
+
+def read_manifest(directory: Path) -> DataManifest:
+    """Raises `UserError` when the directory is not a data set."""
+    if not (directory / "manifest.json").is_file():
+        raise UserError(f"{directory} is not a data set: it has no manifest.json (write it with `flexpert prepare`)")
+    record = read_record(directory / "manifest.json", "flexpert.data")
+    return DataManifest(
+        directory, record["tokenizer_digest"], record["vocab_size"], record["eos_id"], record.get("answer_marker")
+    )
+
+
+class TokenWindows:
+    """One split of a data set as sequences of `sequence_length` tokens.
+
+    Raises:
+        UserError: the split holds fewer tokens than one sequence needs.
+    """
+
+    def __init__(self, directory: Path, split: str, sequence_length: int, seed: int) -> None:
+        self.source = IndexedTokens(directory / split)
+        self.length, self.seed = sequence_length, seed
+        self.num_sequences = (len(self.source.tokens) - 1) // sequence_length
+        if self.num_sequences < 1:
+            raise UserError(
+                f"{directory / split}.bin holds {len(self.source.tokens)} tokens, fewer than one sequence of "
+                f"train.sequence_length={sequence_length} needs"
+            )
+
+    def sequences(self, start: int, count: int) -> Tensor:
+        """Sequences at positions [start, start+count) of the endless stream of epochs: int64 [count, length+1]."""
+        positions = np.arange(start, start + count, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_sequences)
+        rows = np.empty((count, self.length + 1), np.int64)
+        for epoch in np.unique(epochs):
+            chosen = np.flatnonzero(epochs == epoch)
+            indices = permuted(offsets[chosen], self.num_sequences, self.seed, int(epoch))
+            for row, index in zip(chosen, indices, strict=True):
+                rows[row] = self.source.tokens[index * self.length : (index + 1) * self.length + 1]
+        return torch.from_numpy(rows)
+
+
+def document_ids(tokens_BS: Tensor, eos_id: int) -> Tensor:
+    """Number each window's documents, [B, S]: a document begins after an end-of-text token."""
+    ended = (tokens_BS == eos_id).long()
+    return ended.cumsum(1) - ended

@@ -1,0 +1,120 @@
+"""Tokenizers: `tokenizer.json` and its special tokens, without transformers; training a small one on request."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from flexpert.checkpoint.digest import tokenizer_digest
+from flexpert.errors import UserError
+from flexpert.records import read_json, write_json
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+
+#: Files of a tokenizer in a Hugging Face directory; all but the first may be absent.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer with the ids that the system needs.
+
+    Attributes:
+        directory: where its files are.
+        eos_id: id of the token that ends a document.
+        pad_id: id of the padding token, or None.
+        digest: digest of its content; equal for equal tokenizers, whatever the files look like.
+    """
+
+    directory: Path
+    backend: tokenizers.Tokenizer
+    eos_id: int
+    pad_id: int | None
+    digest: str
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
+    def copy_to(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (self.directory / name).exists():
+                shutil.copyfile(self.directory / name, directory / name)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Load from a directory with `tokenizer.json` and `tokenizer_config.json`.
+
+    Raises:
+        UserError: a file is missing or unreadable, or no end-of-text token is named.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{directory} has no tokenizer.json (slow tokenizers must be converted to fast ones first)")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a bad file
+        raise UserError(f"{path} cannot be read: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    settings = read_json(directory / "tokenizer_config.json")
+
+    def token_id(key: str) -> int | None:
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        return backend.token_to_id(token) if isinstance(token, str) else None
+
+    eos_id = token_id("eos_token")
+    if eos_id is None:
+        raise UserError(f"{directory}/tokenizer_config.json names no eos_token that is in the vocabulary")
+    return Tokenizer(directory, backend, eos_id, token_id("pad_token"), tokenizer_digest(directory))
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
+    """Train a byte-level BPE with single digits and write it as transformers reads it."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    directory.mkdir(parents=True)
+    backend.save(str(directory / "tokenizer.json"))
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "pad_token": PAD,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    return load_tokenizer(directory)

@@ -1,0 +1,110 @@
+"""`flexpert evaluate`: one model, under any choice of experts, beside what owners could do without it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flexpert.baselines.btm import btm_nll
+from flexpert.baselines.soup import soup
+from flexpert.checkpoint.digest import tokenizer_digest
+from flexpert.checkpoint.huggingface import experts_of, load_model
+from flexpert.config.stages import EvaluateConfig
+from flexpert.errors import UserError
+from flexpert.evaluation.documents import EvaluationSet, load_set
+from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
+from flexpert.model.transformer import Transformer
+from flexpert.records import write_record
+from flexpert.stage import set_up_process
+
+MODEL = "model"
+
+
+@dataclass
+class Evaluation:
+    """Collects results: method → data set → summary."""
+
+    config: EvaluateConfig
+    sets: list[EvaluationSet]
+    device: torch.device
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, method: str, model: Transformer, experts: list[str]) -> list[Scores]:
+        length = min(self.config.sequence_length or model.config.max_sequence_length, model.config.max_sequence_length)
+        scores = [score(model, data, length, self.config.batch_sequences) for data in self.sets]
+        self.methods[method] = {
+            "active_experts": model.config.active_experts if model.config.num_experts else None,
+            "experts": experts,
+            "domains": {data.name: summary(s, data, experts) for data, s in zip(self.sets, scores, strict=True)},
+        }
+        return scores
+
+    def add_flex(self, method: str, exclude: list[str], active: int | None) -> list[Scores]:
+        model, directory = load_model(
+            Path(self.config.model), exclude=exclude, active_experts=active, device=self.device
+        )
+        return self.add(method, model, experts_of(directory, exclude))
+
+
+def run(config: EvaluateConfig, resolved: str) -> None:
+    """Write `output_dir/evaluation.json` and print its table."""
+    device = set_up_process(config.device, config.parallel.threads)
+    sets = [
+        load_set(name, Path(path), config.data.split, config.data.max_documents)
+        for name, path in config.data.dirs.items()
+    ]
+    digest = tokenizer_digest(Path(config.model))
+    for data in sets:
+        if data.manifest.tokenizer_digest != digest:
+            raise UserError(
+                f"data.dirs.{data.name}={data.manifest.directory} was tokenised with another tokenizer than "
+                f"{config.model} has: prepare it again with tokenizer={config.model}"
+            )
+    evaluation = Evaluation(config, sets, device)
+    evaluation.add_flex(MODEL, config.exclude, config.active_experts)
+    experts = evaluation.methods[MODEL]["experts"]
+    if config.leave_one_out:
+        for expert in experts[1:]:
+            evaluation.add_flex(f"without {expert}", [*config.exclude, expert], None)
+    for active in config.sweep_active_experts:
+        evaluation.add_flex(f"active {active}", config.exclude, active)
+    add_baselines(evaluation)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    domains = {data.name: {"documents": len(data.documents), "bytes": data.num_bytes} for data in sets}
+    content = {"exclude": config.exclude, "domains": domains, "methods": evaluation.methods}
+    (output / "resolved.yaml").write_text(resolved, encoding="utf-8")
+    write_record(output / "evaluation.json", "flexpert.evaluation", content)
+    Console().print(bits_table(content))
+    print(output / "evaluation.json")
+
+
+def add_baselines(evaluation: Evaluation) -> None:
+    """The public model, the dense fine-tunes, their soup and their ensemble, where the config names them."""
+    config, device = evaluation.config.baselines, evaluation.device
+    members = {"public": config.public, **{f"dense {name}": path for name, path in config.dense.items()}}
+    paths = {name: Path(path) for name, path in members.items() if path is not None}
+    scores = {name: evaluation.add(name, load_model(path, device=device)[0], []) for name, path in paths.items()}
+    if config.dense and config.soup:
+        evaluation.add("soup", soup(list(paths.values()), device), [])
+    if config.dense and config.btm:
+        domains = {}
+        for index, data in enumerate(evaluation.sets):
+            ensemble = btm_nll([parts[index].nll for parts in scores.values()], config.btm_temperature)
+            domains[data.name] = {"bits_per_byte": bits_per_byte(ensemble, data)}
+        evaluation.methods["btm"] = {"active_experts": None, "experts": [], "domains": domains}
+
+
+def bits_table(content: dict[str, Any]) -> Table:
+    """Bits per byte by method and domain, as a terminal shows it."""
+    domains = list(content["domains"])
+    table = Table(title="held-out bits per byte")
+    for column in ("", *domains, "mean"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, method in content["methods"].items():
+        bits = [method["domains"][domain]["bits_per_byte"] for domain in domains]
+        table.add_row(name, *(f"{value:.3f}" for value in bits), f"{sum(bits) / len(bits):.3f}")
+    return table

@@ -1,0 +1,76 @@
+"""The feed-forward layers: one dense FFN (public model), or a mixture of experts.
+
+Shapes: T tokens, D residual width, F FFN width, E experts, K active experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from flexpert_kernels import dense_mixing, moe_ffn
+from torch import Tensor, nn
+
+from flexpert.config.groups import ModelConfig
+from flexpert.model.router import Router, Routing
+
+
+class FeedForward(nn.Module):
+    """SwiGLU FFN `W2 (silu(W1 x) ⊙ W3 x)`; gate_proj = W1, up_proj = W3, down_proj = W2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, ffn_width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, ffn_width, bias=False)
+        self.up_proj = nn.Linear(width, ffn_width, bias=False)
+        self.down_proj = nn.Linear(ffn_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+
+
+class ExpertGroup(nn.Module):
+    """Experts that live in one pair of stacked parameters: gate and up [E, 2, F, D], down [E, D, F].
+
+    All experts of a group are frozen or trained together.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2, ffn_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
+
+
+class MixtureOfExperts(nn.Module):
+    """`Σ_{e ∈ topk} p_e · E_e(x)`: the router's probabilities weight the experts' outputs.
+
+    Where every expert is active (each expert job, small assembled models) there is nothing to sort and the mixture is
+    plain matrix products; otherwise tokens go to their experts, and no token is ever dropped.
+
+    Args:
+        config: shapes; `num_experts` must be the sum of `group_sizes`.
+        group_sizes: experts in each separately held group; (E,) for an assembled model, (1, 1) in an expert job.
+    """
+
+    def __init__(self, config: ModelConfig, group_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        assert sum(group_sizes) == config.num_experts
+        self.all_active = config.active_experts == config.num_experts
+        self.router = Router(config.hidden_size, group_sizes, config.active_experts, config.router_bias)
+        self.groups = nn.ModuleList(
+            ExpertGroup(size, config.hidden_size, config.intermediate_size) for size in group_sizes
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """[…, D] → the mixture's output of the same shape, and the routing of its T tokens."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.router(x_TD)
+        y_TD, first = None, 0
+        for group in self.groups:
+            last = first + group.down.shape[0]
+            if self.all_active:
+                part = dense_mixing(x_TD, routing.probs_TE[:, first:last].to(x.dtype), group.gate_up, group.down)
+            else:
+                weights_TK = routing.weights_TK.to(x.dtype)
+                part = moe_ffn(x_TD, weights_TK, routing.indices_TK - first, group.gate_up, group.down)
+            y_TD = part if y_TD is None else y_TD + part
+            first = last
+        assert y_TD is not None
+        return y_TD.view_as(x), routing

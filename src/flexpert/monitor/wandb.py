@@ -1,0 +1,85 @@
+"""Weights & Biases, as a copy of `metrics.jsonl`: offline unless a key is set, and no more than an allowlist leaves."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from flexpert.config.groups import MonitorConfig
+from flexpert.errors import UserError
+
+#: Config keys that W&B may see: numbers and choices. Paths, titles, prompts and anything new stay here.
+ALLOWED = ("model.", "optim.", "train.", "parallel.", "checkpoint.", "router.init", "router.bias", "seed", "name")
+
+
+def allowed_config(flat: dict[str, Any]) -> dict[str, Any]:
+    """The part of {dotted key: value} that may be uploaded."""
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in ALLOWED)
+        and not (isinstance(value, str) and "/" in value)
+    }
+
+
+def wandb_mode(config: MonitorConfig) -> str:
+    """off, offline or online. Raises `UserError` when W&B is asked for by name and is not installed."""
+    installed = importlib.util.find_spec("wandb") is not None
+    if config.wandb == "auto":
+        return "off" if not installed else "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if config.wandb != "off" and not installed:
+        raise UserError(f"monitor.wandb={config.wandb} needs the wandb extra: pip install flexpert[wandb]")
+    return config.wandb
+
+
+def run_id(output: Path, resolved: str) -> str:
+    """The same for a run that is started again in its directory, so that W&B continues it."""
+    return hashlib.sha256(f"{output.resolve()}\n{resolved}".encode()).hexdigest()[:16]
+
+
+class WandbRun:
+    """One W&B run.
+
+    Args:
+        config: the group `monitor`; `wandb` must not be off.
+        stage: job type.
+        output: the stage's directory; W&B's files go below it.
+        flat: the whole config; filtered here.
+    """
+
+    def __init__(self, config: MonitorConfig, mode: str, stage: str, output: Path, flat: dict[str, Any]) -> None:
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        settings = wandb.Settings(
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_disable_stats=True,
+            silent=True,
+        )
+        identity = run_id(output, repr(sorted(allowed_config(flat).items())))
+        self.run = wandb.init(
+            mode="online" if mode == "online" else "offline",
+            id=identity,
+            resume="allow" if mode == "online" else None,
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            job_type=stage,
+            name=f"{stage}-{flat['name']}" if "name" in flat else stage,
+            dir=str(output),
+            config=allowed_config(flat),
+            settings=settings,
+        )
+        self.run.define_metric("*", step_metric="tokens")
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.run.log(row, step=row["step"])
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,69 @@
+"""What stages that train into a directory share: claiming it, the device, the CPU threads."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flexpert.errors import UserError
+
+#: Keys that may change when a stage is started again in its directory: they do not change what it computes.
+FREE_KEYS = ("monitor", "checkpoint", "resume", "parallel", "title", "license")
+
+
+def comparable(resolved: str) -> dict[str, Any]:
+    """A resolved config as {dotted key: value}, without the free keys."""
+
+    def flatten(node: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix.removesuffix("."): node}
+        return {key: leaf for name, value in node.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
+
+    content = OmegaConf.to_container(OmegaConf.create(resolved))
+    return {key: value for key, value in flatten(content, "").items() if key.split(".")[0] not in FREE_KEYS}
+
+
+def claim_directory(output: Path, resolved: str, resume: str) -> None:
+    """Make `output` this configuration's directory and write `resolved.yaml` into it.
+
+    Raises:
+        UserError: it holds another configuration, or `resume=never` and it holds one at all, or it cannot be written.
+    """
+    record = output / "resolved.yaml"
+    if record.is_file():
+        before, now = comparable(record.read_text(encoding="utf-8")), comparable(resolved)
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{output} holds another configuration: {key} was {before.get(key)}, now {now.get(key)}"
+                f"{f' (and {len(changed) - 1} more)' if len(changed) > 1 else ''}; choose another output_dir"
+            )
+        if resume == "never":
+            raise UserError(f"{output} has been used already and resume=never; choose another output_dir")
+    elif output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output} holds files of something else; choose another output_dir")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        record.write_text(resolved, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from None
+
+
+def set_up_process(device: str, threads: int | None) -> Any:
+    """Choose the device, set CPU threads; returns the `torch.device`.
+
+    Raises:
+        UserError: a device that is unknown or not there.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={device} is not one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but PyTorch finds no CUDA device here")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")

@@ -1,0 +1,124 @@
+"""`flexpert expert`: one owner's expert, trained beside the frozen public model (FlexOlmo, expert training).
+
+The model is a two-expert mixture whose parts are held apart: the public FFN, trunk and router row are frozen by
+construction (no gradient, no optimiser state, no fp32 copy), the owner's FFN, row and bias are trained. Both experts
+run on every token; the router sets only the mixture.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexpert.checkpoint.digest import base_digest, tokenizer_digest
+from flexpert.checkpoint.huggingface import ModelDirectory, fill, job_tensor_map, load_model
+from flexpert.config.groups import ModelConfig
+from flexpert.config.stages import ExpertConfig
+from flexpert.contribution.pack import pack
+from flexpert.contribution.record import ExpertIdentity
+from flexpert.data.dataset import read_manifest
+from flexpert.data.embed import RouterStart, router_start
+from flexpert.errors import UserError
+from flexpert.model.transformer import Transformer, build_on_meta
+from flexpert.stage import claim_directory, set_up_process
+from flexpert.train.freeze import cast_frozen, frozen_digest, train_only
+from flexpert.train.loop import Trainer
+from flexpert.train.pretrain import check_lengths, check_tokenizer
+
+#: Part of a parameter's name that says it is the owner's.
+OWN = (".groups.1.", ".router.weight.1", ".router.bias.1")
+
+
+def run(config: ExpertConfig, resolved: str) -> None:
+    """Train, prove that nothing frozen moved, and write `output_dir/contribution`.
+
+    Raises:
+        UserError: the base is no dense model, or data and base have different tokenizers.
+    """
+    base = ModelDirectory.open(Path(config.base))
+    if base.experts:
+        raise UserError(f"base={config.base} is a mixture; an expert is trained against a dense public model")
+    check_lengths(config.train.sequence_length, base.config.max_sequence_length)
+    manifest = read_manifest(Path(config.data.dir))
+    check_tokenizer(base.path, manifest)
+    if config.router.public_data is not None:
+        check_tokenizer(base.path, read_manifest(Path(config.router.public_data)))
+    device = set_up_process(config.train.device, config.parallel.threads)
+    output = Path(config.output_dir)
+    claim_directory(output, resolved, config.resume)
+    contribution = output / "contribution"
+    if contribution.exists():
+        print(f"{contribution} is complete")
+        return
+
+    digest = base_digest(base.path)
+    model = build_job(base, config, device)
+    trainer = Trainer(model, config, "expert", manifest, device, resolved)
+    trainer.run()
+    frozen = job_tensor_map(model.config, expert=False)
+    if frozen_digest(model, frozen, base.dtype, tokenizer_digest(base.path)) != digest:
+        raise AssertionError("a frozen tensor changed during training: the contribution is not written")
+    pack(
+        contribution,
+        tensors=expert_tensors(model, base.dtype),
+        identity=ExpertIdentity(config.name, config.title or config.name, config.license),
+        base_digest=digest,
+        architecture={
+            "hidden_size": base.config.hidden_size,
+            "num_hidden_layers": base.config.num_layers,
+            "intermediate_size": base.config.intermediate_size,
+        },
+        router={"bias": config.router.bias, "init": config.router.init},
+        training={"steps": trainer.num_steps, "tokens": trainer.num_steps * config.train.batch_tokens},
+    )
+    print(contribution)
+
+
+def job_config(base: ModelConfig, bias: bool) -> ModelConfig:
+    return replace(base, num_experts=2, active_experts=2, router_bias=bias)
+
+
+def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) -> Transformer:
+    """The two-expert model: everything from the public model, the second FFN a copy of the first, rows as configured."""
+    public = load_model(base.path, device=device)[0]
+    start = router_start(public, config.router, Path(config.data.dir), config.train.sequence_length, config.seed)
+    del public
+    model = build_on_meta(job_config(base.config, config.router.bias), (1, 1)).to_empty(device=device)
+    for expert in (False, True):
+        fill(model, job_tensor_map(model.config, expert), base.files, device)
+    set_rows(model, start)
+    train_only(model, lambda name: any(part in name for part in OWN))
+    if device.type == "cuda":
+        cast_frozen(model, torch.bfloat16)
+    return model
+
+
+@torch.no_grad()
+def set_rows(model: Transformer, start: RouterStart) -> None:
+    """Public row and bias 0, own row and bias as `start` says."""
+    parameters = dict(model.named_parameters())
+    for layer in range(model.config.num_layers):
+        router = f"blocks.{layer}.feed_forward.router"
+        parameters[f"{router}.weight.0"].zero_()
+        parameters[f"{router}.weight.1"].copy_(start.rows[layer][None])
+        if model.config.router_bias:
+            parameters[f"{router}.bias.0"].zero_()
+            parameters[f"{router}.bias.1"].copy_(start.biases[layer][None])
+
+
+def expert_tensors(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The trained part under a contribution's names, in the base's type. A bias is stored as it acts, at most 0."""
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for layer in range(model.config.num_layers):
+        group = f"blocks.{layer}.feed_forward.groups.1"
+        router = f"blocks.{layer}.feed_forward.router"
+        gate_up = parameters[f"{group}.gate_up"][0]
+        tensors[f"layers.{layer}.gate_proj.weight"] = gate_up[0]
+        tensors[f"layers.{layer}.up_proj.weight"] = gate_up[1]
+        tensors[f"layers.{layer}.down_proj.weight"] = parameters[f"{group}.down"][0]
+        tensors[f"layers.{layer}.router.weight"] = parameters[f"{router}.weight.1"][0]
+        if model.config.router_bias:
+            tensors[f"layers.{layer}.router.bias"] = parameters[f"{router}.bias.1"].clamp(max=0)
+    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}

@@ -1,0 +1,39 @@
+"""Freezing by construction, and the proof that nothing frozen moved."""
+
+from collections.abc import Callable
+
+import torch
+
+from flexpert.checkpoint.digest import TensorDigest, digest_of, digest_tensor
+from flexpert.checkpoint.huggingface import Slot
+from flexpert.model.transformer import Transformer
+
+
+def train_only(model: Transformer, trained: Callable[[str], bool]) -> None:
+    """Give gradients to the parameters whose name `trained` accepts, and to no other."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained(name))
+
+
+def cast_frozen(model: Transformer, dtype: torch.dtype) -> None:
+    """Hold frozen parameters in the compute type alone: no fp32 copy of them exists."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def frozen_digest(model: Transformer, slots: list[Slot], dtype: torch.dtype, tokenizer: str) -> str:
+    """The base digest, computed from the frozen parameters in memory.
+
+    Args:
+        slots: where each tensor of the base directory lives in the model.
+        dtype: type of the base's tensors; the frozen copies were cast from it without loss.
+        tokenizer: the base's tokenizer digest.
+    """
+    parameters = dict(model.named_parameters())
+    digests: dict[str, TensorDigest] = {}
+    for slot in slots:
+        value = parameters[slot.parameter].detach()
+        value = value[slot.index] if slot.index else value
+        digests[slot.source] = digest_tensor(value.to("cpu", dtype).contiguous())
+    return digest_of(digests, tokenizer)

@@ -1,0 +1,161 @@
+"""The training loop of every stage that trains.
+
+Shapes: B sequences of a microbatch, S positions, T = B·S tokens, D residual width.
+"""
+
+import contextlib
+import resource
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexpert.checkpoint import distributed
+from flexpert.config.stages import TrainingStage
+from flexpert.data.dataset import DataManifest, TokenWindows, document_ids
+from flexpert.model.loss import chunked_nll, router_z_sum
+from flexpert.model.transformer import Transformer
+from flexpert.train.callbacks import Callback, Checkpoints, Records, ValidLoss
+from flexpert.train.optimizer import build_optimizer, set_learning_rate
+
+#: Steps in a row without a finite loss and gradient after which a run stops.
+MAX_SKIPPED = 20
+
+
+class Losses(NamedTuple):
+    """Sums over the tokens of a microbatch, differentiable."""
+
+    nll: Tensor
+    z: Tensor
+    router_z: Tensor
+
+
+class Trainer:
+    """Runs optimiser steps until `train.steps`.
+
+    One step sums the losses of its microbatches and divides by the number of its target tokens, so that accumulation
+    does not change the gradient. A step whose loss or gradient is not finite leaves the parameters as they are.
+
+    Args:
+        model: on its device, with `requires_grad` set as it shall be trained.
+        config: the stage's config.
+        stage: its name.
+        manifest: the data set that `config.data.dir` names.
+        device: where to compute; bf16 autocast on CUDA, fp32 on the CPU.
+        resolved: the resolved config, for the records.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: TrainingStage,
+        stage: str,
+        manifest: DataManifest,
+        device: torch.device,
+        resolved: str,
+    ) -> None:
+        self.model, self.config, self.manifest, self.device = model, config, manifest, device
+        self.output = Path(config.output_dir)
+        self.num_steps = config.train.num_steps
+        self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.optimizer = build_optimizer(model, config.optim)
+        self.windows = TokenWindows(manifest.directory, "train", config.train.sequence_length, config.seed)
+        self.checkpoints = self.output / "checkpoints"
+        self.callbacks: list[Callback] = []
+        if config.train.evaluation_interval is not None:
+            valid = TokenWindows(manifest.directory, "valid", config.train.sequence_length, config.seed)
+            sequences = config.train.evaluation_sequences
+            self.callbacks.append(ValidLoss(valid, config.train.evaluation_interval, sequences))
+        self.callbacks.append(Records(stage, self.output, config.monitor, resolved))
+        if config.checkpoint.interval is not None:
+            self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint.interval, config.checkpoint.keep))
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        if saved := distributed.steps(self.checkpoints):
+            record = distributed.load(self.checkpoints, saved[-1], self.model, self.optimizer)
+            self.step, self.skipped_steps = record["step"], record["skipped_steps"]
+            print(f"resuming {self.output} from step {self.step}", flush=True)
+
+    def run(self) -> None:
+        """Restore, then train to the last step."""
+        self.restore()
+        self.model.train()
+        for callback in self.callbacks:
+            callback.before_run(self)
+        try:
+            while self.step < self.num_steps:
+                row = self.optimizer_step()
+                for callback in self.callbacks:
+                    callback.after_step(self, row)
+        finally:
+            for callback in self.callbacks:
+                callback.after_run(self)
+
+    def losses(self, sequences: Tensor) -> Losses:
+        """Loss sums of [B, S+1] sequences."""
+        sequences = sequences.to(self.device, non_blocking=True)
+        tokens_BS, targets_BS = sequences[:, :-1], sequences[:, 1:]
+        ids = document_ids(tokens_BS, self.manifest.eos_id) if self.config.data.intra_document_attention else None
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.device.type == "cuda":
+            autocast = torch.autocast("cuda", torch.bfloat16)
+        with autocast:
+            hidden = self.model(tokens_BS, document_ids_BS=ids)
+            stream_TD = hidden.stream_BSD.flatten(0, 1)
+            chunk = self.config.train.loss_chunk_tokens
+            nll_T, lse_T = chunked_nll(stream_TD, self.model.head.weight, targets_BS.flatten(), chunk)
+        router_z = router_z_sum(hidden.routings) if hidden.routings else nll_T.new_zeros(())
+        return Losses(nll_T.sum(), lse_T.square().sum(), router_z)
+
+    def optimizer_step(self) -> dict[str, Any]:
+        """One update over `train.batch_tokens` tokens; returns its row of metrics."""
+        started = time.perf_counter()
+        config, train = self.config, self.config.train
+        lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
+        sequences = self.windows.sequences(self.step * train.batch_sequences, train.batch_sequences)
+        sums = torch.zeros(3, device=self.device)
+        for microbatch in sequences.split(train.microbatch):
+            losses = self.losses(microbatch)
+            total = losses.nll + train.z_loss * losses.z + train.router_z_loss * losses.router_z
+            (total / train.batch_tokens).backward()
+            sums += torch.stack([part.detach() for part in losses])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        max_norm = config.optim.grad_clip if config.optim.grad_clip is not None else float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        finite = bool(torch.isfinite(sums).all() and torch.isfinite(grad_norm))
+        if finite:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            print(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped", flush=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient")
+        self.step += 1
+        nll, z, router_z = (sums / train.batch_tokens).tolist()
+        seconds = time.perf_counter() - started
+        return {
+            "step": self.step,
+            "tokens": self.step * train.batch_tokens,
+            "loss": nll,
+            "z_loss": z,
+            "router_z_loss": router_z,
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+            "skipped_steps": self.skipped_steps,
+            "step_seconds": seconds,
+            "tokens_per_second": train.batch_tokens / seconds,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far, bytes: allocated on the GPU, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

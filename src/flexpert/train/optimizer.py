@@ -1,0 +1,35 @@
+"""AdamW over what is trained; frozen parameters are not even listed."""
+
+import torch
+
+from flexpert.config.groups import OptimConfig
+from flexpert.model.transformer import Transformer
+from flexpert.train.schedule import lr_factor
+
+
+def build_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with three groups: embeddings (no weight decay), router rows (their own rate), everything else."""
+    members: dict[str, list[torch.nn.Parameter]] = {"embedding": [], "router": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "router" if ".router." in name else "embedding" if name.startswith("embedding.") else "other"
+            members[kind].append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "peak_lr": (config.router_lr or config.lr) if kind == "router" else config.lr,
+            "weight_decay": 0.0 if kind == "embedding" else config.weight_decay,
+        }
+        for kind, parameters in members.items()
+        if parameters
+    ]
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, num_steps: int) -> float:
+    """Set every group's rate for this step, and return the main one."""
+    factor = lr_factor(config, step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return config.lr * factor

@@ -1,0 +1,77 @@
+"""`flexpert pretrain`: a dense public model, from random weights or onwards from an existing model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flexpert.checkpoint.digest import tokenizer_digest
+from flexpert.checkpoint.huggingface import ModelDirectory, load_model, save_dense
+from flexpert.checkpoint.store import atomic_directory
+from flexpert.config.stages import PretrainConfig
+from flexpert.data.dataset import DataManifest, read_manifest
+from flexpert.data.tokenizer import load_tokenizer
+from flexpert.errors import UserError
+from flexpert.model.transformer import Transformer, build_on_meta, initialise
+from flexpert.stage import claim_directory, set_up_process
+from flexpert.train.loop import Trainer
+
+VOCAB_MULTIPLE = 128
+
+
+def run(config: PretrainConfig, resolved: str) -> None:
+    """Train, and write `output_dir/model` as an `Olmo2ForCausalLM` directory."""
+    manifest = read_manifest(Path(config.data.dir))
+    output = Path(config.output_dir)
+    device = set_up_process(config.train.device, config.parallel.threads)
+    build = build_model if config.base is None else load_base
+    model = build(config, manifest)
+    claim_directory(output, resolved, config.resume)
+    if (output / "model").exists():
+        print(f"{output / 'model'} is complete")
+        return
+    model = model.to(device)
+    Trainer(model, config, "pretrain", manifest, device, resolved).run()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with atomic_directory(output / "model") as directory:
+        save_dense(model, directory, load_tokenizer(manifest.tokenizer_dir), dtype)
+    print(output / "model")
+
+
+def build_model(config: PretrainConfig, manifest: DataManifest) -> Transformer:
+    """Random weights; the vocabulary is the tokenizer's where the model does not say."""
+    check_lengths(config.train.sequence_length, config.model.max_sequence_length)
+    vocab = config.model.vocab_size or -(-manifest.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if vocab < manifest.vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab} is smaller than the {manifest.vocab_size} tokens of the tokenizer in "
+            f"{manifest.directory}; set model.vocab_size=null to take the tokenizer's"
+        )
+    model = build_on_meta(replace(config.model, vocab_size=vocab)).to_empty(device="cpu")
+    initialise(model, config.seed)
+    return model
+
+
+def load_base(config: PretrainConfig, manifest: DataManifest) -> Transformer:
+    """An existing dense model, made trainable."""
+    assert config.base is not None
+    directory = ModelDirectory.open(Path(config.base))
+    if directory.experts:
+        raise UserError(f"base={config.base} is a mixture; pretrain goes on from dense models only")
+    check_lengths(config.train.sequence_length, directory.config.max_sequence_length)
+    check_tokenizer(Path(config.base), manifest)
+    return load_model(Path(config.base))[0].requires_grad_(True)
+
+
+def check_lengths(sequence_length: int, longest: int) -> None:
+    if sequence_length > longest:
+        raise UserError(f"train.sequence_length={sequence_length} is more than the model's longest context, {longest}")
+
+
+def check_tokenizer(model: Path, manifest: DataManifest) -> None:
+    """Raises `UserError` when the data was prepared with another tokenizer than the model's."""
+    if tokenizer_digest(model) != manifest.tokenizer_digest:
+        raise UserError(
+            f"the data in {manifest.directory} was tokenised with another tokenizer than {model} has: "
+            f"prepare it again with tokenizer={model}"
+        )

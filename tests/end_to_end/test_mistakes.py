@@ -1,0 +1,103 @@
+"""A user's mistake is one line on standard error, exit status 2, and nothing half-written."""
+
+from pathlib import Path
+
+import pytest
+from toy import train
+
+from flexpert.cli import main, run_stage
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    def run(stage: str, overrides: list[str], *expected: str) -> None:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([stage, *overrides])
+        error = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert error.startswith("flexpert: ") and error.count("\n") == 1, error
+        for part in expected:
+            assert part in error, error
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def assembled(road: Path, expert_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("assembled")
+    train("expert", *expert_overrides, f"output_dir={root}/letters")
+    run_stage(
+        "assemble",
+        [f"base={road}/public/model", f"contributions=[{root}/letters/contribution]", f"output_dir={root}/model"],
+    )
+    return root
+
+
+TOY = ["train.steps=2", "train.batch_tokens=128", "train.sequence_length=16", "monitor.wandb=off"]
+
+
+def test_missing_data(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = f"output_dir={tmp_path}/out"
+    fails("pretrain", [*TOY, f"data.dir={tmp_path}/nowhere", out], "nowhere", "flexpert prepare")
+    fails("evaluate", [f"model={road}/public/model", f"data.dirs={{a:{tmp_path}}}", out], "manifest.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_and_model_that_disagree(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    documents = f"data.documents={road}/public_texts/*.txt"
+    run_stage("prepare", [documents, "train_tokenizer.vocab_size=310", f"output_dir={tmp_path}/other"])
+    base, data, out = f"base={road}/public/model", f"data.dir={tmp_path}/other", f"output_dir={tmp_path}/out"
+    fails("expert", [*TOY, base, data, "name=a", "router.init=random", out], "another tokenizer", "prepare")
+    fails("pretrain", [*TOY, base, data, out], "another tokenizer")
+    fails("evaluate", [f"model={road}/public/model", f"data.dirs={{a:{tmp_path}/other}}", out], "another tokenizer")
+    fails("pretrain", [*TOY, data, "model.vocab_size=128", out], "model.vocab_size=128")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sequence_longer_than_the_context(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    long = ["train.steps=1", "train.batch_tokens=1024", "train.sequence_length=1024", f"data.dir={road}/data/public"]
+    fails("pretrain", [*long, f"output_dir={tmp_path}/out"], "train.sequence_length=1024", "512")
+
+
+def test_excluding_what_is_not_there_or_all_there_is(fails, road: Path, assembled: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, prompt = f"model={assembled}/model", "prompt=dear"
+    fails("generate", [model, prompt, "exclude=[nobody]"], "nobody", "letters")
+    fails("generate", [model, prompt, "exclude=[public,letters]"], "no expert would be left")
+    fails("generate", [model, prompt, "active_experts=3"], "active_experts=3", "2 experts")
+    fails("generate", [model, prompt, "exclude=[letters]", "active_experts=2"], "active_experts=2", "1 expert")
+    fails("generate", [f"model={road}/public/model", prompt, "exclude=[letters]"], "dense")
+    fails("remove", [model, "experts=[nobody]", f"output_dir={tmp_path}/out"], "nobody", "letters")
+    fails("remove", [model, "experts=[public,letters]", f"output_dir={tmp_path}/out"], "no expert would be left")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contributions_that_do_not_fit(fails, road: Path, assembled: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    contribution, out = f"{assembled}/letters/contribution", f"output_dir={tmp_path}/out"
+    base = f"base={road}/public/model"
+    fails("assemble", [base, f"contributions=[{contribution},{contribution}]", out], "letters")
+    fails("assemble", [base, f"contributions=[{contribution}]", "active_experts=3", out], "active_experts")
+    fails("assemble", [base, f"contributions=[{tmp_path}/nowhere]", out], "nowhere")
+    fails("assemble", [base, out], "contributions")
+    train("pretrain", f"base={road}/public/model", f"data.dir={road}/data/public", f"output_dir={tmp_path}/other")
+    fails("assemble", [f"base={tmp_path}/other/model", f"contributions=[{contribution}]", out], "another base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_holds_another_configuration(fails, road: Path, assembled: Path) -> None:  # type: ignore[no-untyped-def]
+    used = [f"data.dir={road}/data/public", f"output_dir={road}/public"]
+    fails("pretrain", [*TOY, *used], "another configuration", "choose another output_dir")
+    fails("pretrain", [*TOY, f"data.dir={road}/data/public", f"output_dir={assembled}"], "something else")
+    fails("prepare", [f"data.documents={road}/public_texts/*", "train_tokenizer.vocab_size=300", f"output_dir={road}/data/public"], "exists already")
+
+
+def test_prompts_without_text_or_room(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = f"model={road}/public/model"
+    fails("generate", [model, "prompt="], "prompt is empty")
+    fails("generate", [model, f"prompt_file={tmp_path}/nothing"], "cannot be read")
+    fails("generate", [model, f"prompt={'cat ' * 600}"], "context is 512")
+
+
+def test_directories_that_are_no_model(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    fails("generate", [f"model={tmp_path}", "prompt=a"], "tokenizer.json")
+    fails("expert", [*TOY, f"base={road}/data/public", f"data.dir={road}/data/public", "name=a", "router.init=random"], "config.json")

@@ -1,0 +1,132 @@
+"""Our parts against their definitions in fp64: the expert layer, the biased router, the chunked loss."""
+
+import pytest
+import torch
+from flexpert_kernels import dense_mixing, moe_ffn
+from flexpert_kernels.moe.reference import reference_moe
+
+from flexpert.config.groups import ModelConfig
+from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
+from flexpert.model.moe import MixtureOfExperts
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator, dtype=torch.double) * scale).requires_grad_(True)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize(("experts", "active"), [(1, 1), (2, 2), (5, 3), (4, 1), (5, 5)])
+def test_the_expert_layer_equals_its_definition(experts: int, active: int) -> None:
+    tokens, width, ffn = 17, 12, 20
+    leaves = [random(tokens, width), random(experts, 2, ffn, width, scale=0.3), random(experts, width, ffn, scale=0.3)]
+    probs = random(tokens, experts, seed=3).softmax(-1)
+    weights, indices = probs.topk(active, dim=-1)
+    wanted = reference_moe(leaves[0], weights, indices, leaves[1], leaves[2])
+    seed = random(tokens, width, seed=9).detach()
+    wanted_gradients = torch.autograd.grad(wanted, leaves, seed, retain_graph=True)
+    results = [moe_ffn(leaves[0], weights, indices, leaves[1], leaves[2])]
+    if active == experts:
+        results.append(dense_mixing(leaves[0], probs, leaves[1], leaves[2]))
+    for found in results:
+        assert relative_error(found, wanted) <= 1e-12
+        for gradient, expected in zip(torch.autograd.grad(found, leaves, seed, retain_graph=True), wanted_gradients):
+            assert relative_error(gradient, expected) <= 1e-12
+
+
+def test_an_expert_without_tokens_has_no_gradient_and_breaks_nothing() -> None:
+    x, gate_up, down = random(6, 8), random(3, 2, 10, 8), random(3, 8, 10)
+    indices = torch.zeros(6, 1, dtype=torch.long)
+    moe_ffn(x, torch.ones(6, 1, dtype=torch.double), indices, gate_up, down).sum().backward()
+    assert gate_up.grad is not None and gate_up.grad[0].norm() > 0
+    assert gate_up.grad[1:].abs().sum() == 0
+
+
+def test_indices_of_experts_held_elsewhere_add_nothing() -> None:
+    x, gate_up, down = random(6, 8), random(2, 2, 10, 8), random(2, 8, 10)
+    outside = torch.tensor([[-1], [2]]).repeat(3, 1)
+    assert moe_ffn(x, torch.ones(6, 1, dtype=torch.double), outside, gate_up, down).abs().sum() == 0
+
+
+@pytest.mark.parametrize("active", [2, 4])
+def test_a_biased_mixture_equals_its_fp64_definition(active: int) -> None:
+    """softmax over all experts of W x + min(b, 0), then top-k, no renormalisation; public bias 0."""
+    config = ModelConfig(
+        hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, vocab_size=32, num_experts=4,
+        active_experts=active, router_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(config, (4,))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layer.router.bias[0].data = torch.tensor([-0.2, -0.7, 0.4, -1.3])  # the third acts as 0
+    x = torch.randn(9, 16, requires_grad=True)
+    found, routing = layer(x)
+    found.square().sum().backward()
+
+    double = {name: p.detach().double().requires_grad_(True) for name, p in layer.named_parameters()}
+    x_double = x.detach().double().requires_grad_(True)
+    bias = torch.minimum(double["router.bias.0"], torch.zeros(4, dtype=torch.double))
+    logits = x_double @ double["router.weight.0"].T + bias
+    weights, indices = logits.softmax(-1).topk(active, dim=-1)
+    wanted = reference_moe(x_double, weights, indices, double["groups.0.gate_up"], double["groups.0.down"])
+    wanted.square().sum().backward()
+
+    assert torch.equal(routing.indices_TK, indices)
+    assert (found - wanted).abs().max() <= 1e-5
+    assert x.grad is not None and x_double.grad is not None
+    assert relative_error(x.grad, x_double.grad) <= 1e-5
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and double[name].grad is not None, name
+        assert relative_error(parameter.grad, double[name].grad) <= 1e-5, name
+    assert layer.router.bias[0].grad[2] == 0  # type: ignore[index]
+
+
+def test_groups_held_apart_compute_what_one_group_computes() -> None:
+    """An expert job holds (1, 1); the same two experts in one group give the same output."""
+    config = ModelConfig(
+        hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, vocab_size=32, num_experts=2, active_experts=2
+    )
+    together, apart = MixtureOfExperts(config, (2,)), MixtureOfExperts(config, (1, 1))
+    for parameter in together.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for index in range(2):
+        apart.router.weight[index].data = together.router.weight[0].data[index : index + 1]
+        apart.groups[index].gate_up.data = together.groups[0].gate_up.data[index : index + 1]
+        apart.groups[index].down.data = together.groups[0].down.data[index : index + 1]
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(together(x)[0], apart(x)[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_the_chunked_loss_equals_cross_entropy_and_its_z_loss(chunk: int) -> None:
+    hidden, weight = random(13, 8), random(29, 8)
+    targets = torch.randint(0, 29, (13,), generator=torch.Generator().manual_seed(0))
+    targets[4] = IGNORE
+    nll, lse = chunked_nll(hidden, weight, targets, chunk)
+    found = nll.double().sum() + 0.1 * lse.double().square().sum()
+    logits = hidden @ weight.T
+    wanted_lse = logits.logsumexp(-1)
+    wanted_nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    wanted = wanted_nll + 0.1 * wanted_lse.square().sum()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for gradient, expected in zip(
+        torch.autograd.grad(found, [hidden, weight]), torch.autograd.grad(wanted, [hidden, weight]), strict=True
+    ):
+        assert relative_error(gradient, expected) <= 1e-6  # the loss itself is in fp32
+
+
+def test_router_z_sums_over_layers_and_tokens() -> None:
+    config = ModelConfig(
+        hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12, vocab_size=32, num_experts=3, active_experts=1
+    )
+    layer = MixtureOfExperts(config, (3,))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    routing = layer(x)[1]
+    single = (x @ layer.router.weight[0].T).logsumexp(-1).square().sum()
+    assert router_z_sum([routing, routing]).item() == pytest.approx(2 * single.item(), rel=1e-5)

@@ -1,0 +1,190 @@
+"""What training promises: exact resume, accumulation that changes nothing, frozen parts that do not move."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from toy import SHAPE, train
+
+from flexpert.checkpoint import distributed
+from flexpert.checkpoint.huggingface import ModelDirectory
+from flexpert.config.compose import compose
+from flexpert.data.dataset import read_manifest
+from flexpert.errors import UserError
+from flexpert.monitor.jsonl import read_metrics
+from flexpert.train.expert import build_job
+from flexpert.train.loop import Trainer
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+def assert_same(first: Path, second: Path) -> None:
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def expert_trainer(overrides: list[str], output: Path, *more: str) -> Trainer:
+    toy = ["train.steps=4", "train.batch_tokens=128", "train.sequence_length=16", "optim.warmup_steps=0"]
+    given = {override.split("=")[0] for override in more}
+    toy = [override for override in toy if override.split("=")[0] not in given]
+    settings = ["monitor.wandb=off", f"output_dir={output}", *toy, *more]
+    config, resolved = compose("expert", [*overrides, *settings])
+    output.mkdir(exist_ok=True)
+    device = torch.device("cpu")
+    model = build_job(ModelDirectory.open(Path(config.base)), config, device)
+    return Trainer(model, config, "expert", read_manifest(Path(config.data.dir)), device, resolved)
+
+
+@pytest.mark.parametrize("accumulation", ["train.microbatch_sequences=8", "train.microbatch_sequences=2"])
+@pytest.mark.parametrize("stage", ["pretrain", "expert"])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    stage: str, accumulation: str, road: Path, expert_overrides: list[str], tmp_path: Path
+) -> None:
+    if stage == "pretrain":
+        overrides = [*SHAPE, f"data.dir={road}/data/public", accumulation]
+        result = "model/model.safetensors"
+    else:
+        overrides = [*expert_overrides, accumulation, "router.bias=true", "router.init=discriminant"]
+        result = "contribution/expert.safetensors"
+    train(stage, *overrides, f"output_dir={tmp_path}/whole")
+    for step in (2, 4):  # as a run that was killed after this step left it, in the middle of writing a line
+        stopped = tmp_path / f"stopped{step}"
+        shutil.copytree(tmp_path / "whole", stopped)
+        resolved = (stopped / "resolved.yaml").read_text().replace(f"{tmp_path}/whole", str(stopped))
+        (stopped / "resolved.yaml").write_text(resolved)
+        shutil.rmtree((stopped / result).parent)
+        for later in distributed.steps(stopped / "checkpoints"):
+            if later > step:
+                shutil.rmtree(stopped / f"checkpoints/step-{later:09d}")
+        with open(stopped / "metrics.jsonl", "a") as file:
+            file.write('{"step": 7, "lo')
+        train(stage, *overrides, f"output_dir={stopped}")
+        assert_same(tmp_path / "whole" / result, stopped / result)
+        whole, resumed = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "whole", stopped))
+        assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+        assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+
+
+def test_accumulation_does_not_change_the_gradient(expert_overrides: list[str], tmp_path: Path) -> None:
+    gradients = []
+    for name, size in (("one", 8), ("four", 2)):
+        trainer = expert_trainer(expert_overrides, tmp_path / name, f"train.microbatch_sequences={size}")
+        trainer.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
+        trainer.optimizer.zero_grad = lambda *_, **__: None  # type: ignore[method-assign]
+        trainer.config.optim.__dict__["grad_clip"] = None
+        row = trainer.optimizer_step()
+        parts = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+        gradients.append((row, parts))
+    (first_row, first), (second_row, second) = gradients
+    assert first_row["loss"] == pytest.approx(second_row["loss"], rel=1e-6)
+    for name, gradient in first.items():
+        assert gradient is not None and second[name] is not None
+        assert (gradient - second[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_what_is_frozen_has_neither_gradient_nor_optimiser_state(expert_overrides: list[str], tmp_path: Path) -> None:
+    trainer = expert_trainer(expert_overrides, tmp_path / "run", "router.bias=true")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for _ in range(3):
+        trainer.optimizer_step()
+    own = {name for name in before if ".groups.1." in name or name.endswith((".weight.1", ".bias.1"))}
+    assert len(own) == 2 * 4  # per layer: gate and up, down, row, bias
+    parameters = dict(trainer.model.named_parameters())
+    for name, value in before.items():
+        if name in own:
+            assert not torch.equal(parameters[name], value), name
+        else:
+            assert parameters[name].grad is None and not parameters[name].requires_grad
+            assert torch.equal(parameters[name], value), name
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(parameters[name]) for name in own}
+    assert len(trainer.optimizer.state) == len(own)
+
+
+def test_an_expert_job_starts_as_the_public_model(road: Path, expert_overrides: list[str], tmp_path: Path) -> None:
+    """Both FFNs are copies, so whatever the router says the mixture computes what the public FFN does."""
+    from flexpert.checkpoint.huggingface import load_model
+
+    trainer = expert_trainer(expert_overrides, tmp_path / "run")
+    public = load_model(road / "public/model")[0]
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert (trainer.model.logits(tokens) - public.logits(tokens)).abs().max() <= 1e-5
+
+
+def test_a_step_that_is_not_finite_changes_nothing(expert_overrides: list[str], tmp_path: Path) -> None:
+    trainer = expert_trainer(expert_overrides, tmp_path / "run")
+    trainer.optimizer_step()
+    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    states = {id(p): {k: v.clone() for k, v in s.items()} for p, s in trainer.optimizer.state.items()}
+    handle = trainer.model.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    row = trainer.optimizer_step()
+    handle.remove()
+    assert row["skipped_steps"] == 1 and trainer.step == 2
+    for name, value in before.items():
+        assert torch.equal(parameters[name], value), name
+    for parameter, state in trainer.optimizer.state.items():
+        assert all(torch.equal(value, states[id(parameter)][key]) for key, value in state.items())
+    assert trainer.optimizer_step()["skipped_steps"] == 1
+
+
+def test_a_run_whose_steps_all_fail_stops(expert_overrides: list[str], tmp_path: Path) -> None:
+    trainer = expert_trainer(expert_overrides, tmp_path / "run", "train.steps=100")
+    trainer.model.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(FloatingPointError, match="20 steps in a row"):
+        trainer.run()
+
+
+def test_the_contribution_names_the_base_that_was_frozen(road: Path, expert_overrides: list[str], tmp_path: Path) -> None:
+    from flexpert.checkpoint.digest import base_digest
+
+    train("expert", *expert_overrides, f"output_dir={tmp_path}/run")
+    record = json.loads((tmp_path / "run/contribution/contribution.json").read_text())
+    assert record["base_digest"] == base_digest(road / "public/model")
+    assert record["training"] == {"steps": 6, "tokens": 6 * 128}
+
+
+def test_a_frozen_tensor_that_moved_is_found(expert_overrides: list[str], tmp_path: Path) -> None:
+    from flexpert.checkpoint.huggingface import job_tensor_map
+    from flexpert.train.freeze import frozen_digest
+
+    trainer = expert_trainer(expert_overrides, tmp_path / "run")
+    slots = job_tensor_map(trainer.model.config, expert=False)
+    before = frozen_digest(trainer.model, slots, torch.float32, "t")
+    trainer.model.blocks[1].feed_forward.groups[0].down.data[0, 3, 5] += 1e-3  # type: ignore[union-attr, index]
+    assert frozen_digest(trainer.model, slots, torch.float32, "t") != before
+
+
+def test_an_altered_checkpoint_is_refused(road: Path, tmp_path: Path) -> None:
+    shutil.copytree(road / "public", tmp_path / "public")
+    resolved = (tmp_path / "public/resolved.yaml").read_text().replace(f"{road}/public", f"{tmp_path}/public")
+    (tmp_path / "public/resolved.yaml").write_text(resolved)
+    shutil.rmtree(tmp_path / "public/model")
+    shard = next((tmp_path / "public/checkpoints/step-000000006").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="altered"):
+        train("pretrain", *SHAPE, f"data.dir={road}/data/public", f"output_dir={tmp_path}/public")
+
+
+def test_attention_within_documents_sees_no_other_document(road: Path) -> None:
+    from flexpert.checkpoint.huggingface import load_model
+    from flexpert.data.dataset import document_ids
+
+    model = load_model(road / "public/model")[0]
+    first, second = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[9, 10, 11, 12]])
+    both = torch.cat([first, second], 1)
+    ids = document_ids(both, eos_id=0)
+    assert ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+    joined = model(both, document_ids_BS=ids).stream_BSD
+    assert (joined[:, :4] - model(first).stream_BSD).abs().max() <= 1e-5
+    assert (joined[:, 4:] - model(second).stream_BSD).abs().max() <= 1e-5  # rotary positions are relative
+    assert (model(both).stream_BSD[:, 4:] - joined[:, 4:]).abs().max() > 1e-3

@@ -1,0 +1,28 @@
+"""Stages at toy size: seconds, not minutes. `SHAPE` is the model, `train` runs a training stage."""
+
+import random
+from pathlib import Path
+
+from flexpert.cli import run_stage
+
+
+SHAPE = ["model.hidden_size=24", "model.num_layers=2", "model.num_heads=2", "model.intermediate_size=40"]
+
+
+def write_texts(path: Path, words: list[str], documents: int, seed: int) -> None:
+    """Plain-text documents from a small vocabulary."""
+    path.mkdir()
+    chooser = random.Random(seed)
+    for number in range(documents):
+        text = " ".join(chooser.choice(words) for _ in range(chooser.randint(20, 60)))
+        (path / f"{number:03d}.txt").write_text(f"{text} {number}.\n", encoding="utf-8")
+
+
+def train(stage: str, *overrides: str) -> None:
+    """A training stage at toy size; later overrides win."""
+    defaults = [
+        "train.steps=6", "train.batch_tokens=128", "train.sequence_length=16", "optim.lr=1e-2", "optim.warmup_steps=2",
+        "monitor.wandb=off", "checkpoint.interval=2", "checkpoint.keep=10",
+    ]  # fmt: skip
+    given = {override.split("=")[0] for override in overrides}
+    run_stage(stage, [*(d for d in defaults if d.split("=")[0] not in given), *overrides])
