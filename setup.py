@@ -47,7 +47,6 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
         "embed": EMBED,
-        "te": ["transformer-engine[pytorch]>=2"],
         "test": [*TEST, *EMBED, "wandb>=0.19,<1"],
     },
 )

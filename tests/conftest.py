@@ -12,9 +12,14 @@ from flexpert.cli import run_stage
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/{public,letters}, a public model in public/model."""
     root = tmp_path_factory.mktemp("road")
-    write_texts(root / "public_texts", "the cat sat on a mat and saw nine birds".split(), 40, seed=0)
-    write_texts(root / "letters_texts", "dear sir yours faithfully regarding invoice".split(), 40, seed=1)
-    for name, tokenizer in (("public", "train_tokenizer.vocab_size=300"), ("letters", f"tokenizer={root}/data/public/tokenizer")):
+    write_texts(
+        root / "public_texts", ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "birds"], 40, seed=0
+    )
+    write_texts(root / "letters_texts", ["dear", "sir", "yours", "faithfully", "regarding", "invoice"], 40, seed=1)
+    for name, tokenizer in (
+        ("public", "train_tokenizer.vocab_size=300"),
+        ("letters", f"tokenizer={root}/data/public/tokenizer"),
+    ):
         documents = f"data.documents={root}/{name}_texts/*.txt"
         run_stage("prepare", [documents, tokenizer, "valid_fraction=0.3", f"output_dir={root}/data/{name}"])
     train("pretrain", *SHAPE, f"data.dir={root}/data/public", f"output_dir={root}/public")

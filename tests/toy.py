@@ -5,7 +5,6 @@ from pathlib import Path
 
 from flexpert.cli import run_stage
 
-
 SHAPE = ["model.hidden_size=24", "model.num_layers=2", "model.num_heads=2", "model.intermediate_size=40"]
 
 

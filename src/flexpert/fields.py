@@ -41,9 +41,9 @@ def plain_name(name: str, where: Path | str) -> str:
     """`name`, if it is the name of a visible file and not a path: a record may not point outside its directory.
 
     Raises:
-        UserError: the name holds a separator, or starts with a dot.
+        UserError: the name holds a separator or what cannot be printed, or starts with a dot.
     """
-    if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
+    if not name or name.startswith(".") or not name.isprintable() or any(separator in name for separator in "/\\"):
         raise UserError(f"{where} lists the file {name!r}; only plain names of files beside it are read")
     return name
 

@@ -88,7 +88,11 @@ def test_a_directory_that_holds_another_configuration(fails, road: Path, assembl
     used = [f"data.dir={road}/data/public", f"output_dir={road}/public"]
     fails("pretrain", [*TOY, *used], "another configuration", "choose another output_dir")
     fails("pretrain", [*TOY, f"data.dir={road}/data/public", f"output_dir={assembled}"], "something else")
-    fails("prepare", [f"data.documents={road}/public_texts/*", "train_tokenizer.vocab_size=300", f"output_dir={road}/data/public"], "exists already")
+    fails(
+        "prepare",
+        [f"data.documents={road}/public_texts/*", "train_tokenizer.vocab_size=300", f"output_dir={road}/data/public"],
+        "exists already",
+    )
 
 
 def test_prompts_without_text_or_room(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -100,4 +104,8 @@ def test_prompts_without_text_or_room(fails, road: Path, tmp_path: Path) -> None
 
 def test_directories_that_are_no_model(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     fails("generate", [f"model={tmp_path}", "prompt=a"], "tokenizer.json")
-    fails("expert", [*TOY, f"base={road}/data/public", f"data.dir={road}/data/public", "name=a", "router.init=random"], "config.json")
+    fails(
+        "expert",
+        [*TOY, f"base={road}/data/public", f"data.dir={road}/data/public", "name=a", "router.init=random"],
+        "config.json",
+    )

@@ -33,7 +33,9 @@ def make(kind: str, directory: Path) -> PreTrainedModel:
         heads = {"num_key_value_heads": 2} if kind == "dense, grouped queries" else {}
         model: PreTrainedModel = Olmo2ForCausalLM(Olmo2Config(**SHAPE, **heads))
     else:
-        experts, active = {"3 of 5": (5, 3), "2 of 3": (3, 2), "1 of 3": (3, 1), "4 of 4": (4, 4), "1 of 1": (1, 1)}[kind]
+        experts, active = {"3 of 5": (5, 3), "2 of 3": (3, 2), "1 of 3": (3, 1), "4 of 4": (4, 4), "1 of 1": (1, 1)}[
+            kind
+        ]
         model = FlexOlmoForCausalLM(FlexOlmoConfig(**SHAPE, num_experts=experts, num_experts_per_tok=active))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +51,7 @@ def our_gradients(model: Transformer) -> dict[str, torch.Tensor]:
     for slot in tensor_map(model.config):
         gradient = parameters[slot.parameter].grad
         assert gradient is not None, slot.parameter
-        gradients[slot.source] = gradient[slot.index] if slot.index else gradient
+        gradients[slot.source] = gradient[slot.place] if slot.place else gradient
     return gradients
 
 
@@ -71,9 +73,7 @@ def their_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize(
-    "kind", ["dense", "dense, grouped queries", "3 of 5", "2 of 3", "1 of 3", "4 of 4", "1 of 1"]
-)
+@pytest.mark.parametrize("kind", ["dense", "dense, grouped queries", "3 of 5", "2 of 3", "1 of 3", "4 of 4", "1 of 1"])
 def test_logits_loss_and_every_gradient_agree(kind: str, tmp_path: Path) -> None:
     theirs = make(kind, tmp_path)
     ours = load_model(tmp_path)[0].requires_grad_(True)
@@ -106,11 +106,13 @@ def test_every_tensor_is_read_into_its_place(kind: str, tmp_path: Path) -> None:
     make(kind, tmp_path)
     file = tmp_path / "model.safetensors"
     stored = safetensors.torch.load_file(file)
-    marked = {name: torch.arange(t.numel()).reshape(t.shape) / 1024 + 64 * i for i, (name, t) in enumerate(stored.items())}
+    marked = {
+        name: torch.arange(t.numel()).reshape(t.shape) / 1024 + 64 * i for i, (name, t) in enumerate(stored.items())
+    }
     safetensors.torch.save_file({name: t.contiguous() for name, t in marked.items()}, file, metadata={"format": "pt"})
     model = load_model(tmp_path)[0]
     parameters = dict(model.named_parameters())
     for slot in tensor_map(model.config):
-        value = parameters[slot.parameter][slot.index] if slot.index else parameters[slot.parameter]
+        value = parameters[slot.parameter][slot.place] if slot.place else parameters[slot.parameter]
         assert torch.equal(value, marked.pop(slot.source)), slot
     assert not marked

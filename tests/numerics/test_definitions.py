@@ -33,7 +33,8 @@ def test_the_expert_layer_equals_its_definition(experts: int, active: int) -> No
         results.append(dense_mixing(leaves[0], probs, leaves[1], leaves[2]))
     for found in results:
         assert relative_error(found, wanted) <= 1e-12
-        for gradient, expected in zip(torch.autograd.grad(found, leaves, seed, retain_graph=True), wanted_gradients):
+        gradients = torch.autograd.grad(found, leaves, seed, retain_graph=True)
+        for gradient, expected in zip(gradients, wanted_gradients, strict=True):
             assert relative_error(gradient, expected) <= 1e-12
 
 

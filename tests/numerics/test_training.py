@@ -142,7 +142,9 @@ def test_a_run_whose_steps_all_fail_stops(expert_overrides: list[str], tmp_path:
         trainer.run()
 
 
-def test_the_contribution_names_the_base_that_was_frozen(road: Path, expert_overrides: list[str], tmp_path: Path) -> None:
+def test_the_contribution_names_the_base_that_was_frozen(
+    road: Path, expert_overrides: list[str], tmp_path: Path
+) -> None:
     from flexpert.checkpoint.digest import base_digest
 
     train("expert", *expert_overrides, f"output_dir={tmp_path}/run")

@@ -276,7 +276,9 @@ def test_a_malformed_record_is_refused(change: dict[str, Any], contribution: Pat
         read_contribution(contribution)
 
 
-@pytest.mark.parametrize("name", ["../expert.safetensors", "/etc/passwd", "sub/expert.safetensors", "..", "", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../expert.safetensors", "/etc/passwd", "sub/expert.safetensors", "..", "", "a\\b", "a\nb"]
+)
 def test_a_file_outside_the_directory_is_refused(name: str, contribution: Path, refused: Refused) -> None:
     edit_record(contribution, files=[RECORD | {"name": name}])
     with refused(contribution / "contribution.json", repr(name)):

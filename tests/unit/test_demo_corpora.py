@@ -303,11 +303,12 @@ def test_stories_agree_with_themselves_on_every_number(corpora: dict[str, list[s
     assert checked > 20
 
 
-def test_stories_have_a_headline_a_dateline_and_varied_sentences(corpora: dict[str, list[str]]) -> None:
+def test_stories_have_a_headline_and_three_to_seven_varied_sentences(corpora: dict[str, list[str]]) -> None:
     sentences: set[str] = set()
     for document in corpora["news"]:
         headline, story = document.split("\n")
         assert not headline[0].islower()
+        assert 3 <= len(re.findall(r'[.!]"?(?= |$)', story)) <= 7, document
         sentences.update(re.split(r"(?<=[.!]) ", story.split(" - ", 1)[1]))
     assert len(sentences) > 10_000
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from flexpert.assembly.assemble import assemble
-from flexpert.assembly.record import read_assembly
-from flexpert.assembly.remove import remove, select_experts
+from flexpert.assembly.record import read_assembly, select_experts
+from flexpert.assembly.remove import remove
 
 Refused = Callable[..., AbstractContextManager[None]]
 Maker = Callable[..., Path]

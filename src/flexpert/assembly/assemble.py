@@ -1,4 +1,4 @@
-"""Assemble a public model and contributions into one mixture of experts (FLEXOLMO.md section 2, stage 4).
+"""Assemble a public model and contributions into one mixture of experts (FlexOlmo, arXiv 2507.07024).
 
 No weight is computed: FFNs become experts, router rows are stacked below the public row, which is zero, and everything
 else is the public model's, bit for bit. One pass reads, checks, hashes and writes every tensor; the model appears
@@ -24,7 +24,7 @@ from flexpert.assembly.base import (
 )
 from flexpert.assembly.record import AssemblyRecord, ExpertEntry, write_assembly
 from flexpert.assembly.tensors import ITEM_BYTES, FileRecord, TensorDigest, TensorSource, write_tensors
-from flexpert.checkpoint.digest import digest_of, tokenizer_digest
+from flexpert.checkpoint.digest import TOKENIZER_FILES, digest_of, tokenizer_digest
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.contribution.record import PROJECTIONS, PUBLIC_ID
 from flexpert.contribution.verify import OpenContribution, check_against_base, open_contribution
@@ -35,14 +35,6 @@ from flexpert.records import sha256_file, write_json
 TRUNK_FILE = "trunk.safetensors"
 ROUTER_FILE = "router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 #: `rows[layer][expert]` is the raw bytes of a row.
 Rows = Sequence[Sequence[bytes]]

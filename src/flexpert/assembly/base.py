@@ -59,7 +59,7 @@ def read_architecture(config: Mapping[str, Any], where: Path) -> Architecture:
 
 
 def trunk_shapes(config: Mapping[str, Any], where: Path) -> Shapes:
-    """Name → shape of every tensor of the trunk, in the order of the model (FLEXOLMO.md section 1)."""
+    """Name → shape of every tensor of the trunk, in the order of the model."""
     architecture = read_architecture(config, where)
     D = architecture.hidden_size
     V = config.get("vocab_size", OLMO2_DEFAULTS["vocab_size"])
@@ -181,7 +181,7 @@ def model_class(biased: bool) -> dict[str, Any]:
     """How config.json names the model class.
 
     transformers' FlexOlmo has no router bias. A model that has one gets a type of its own, which a plain loader refuses
-    rather than loads without the bias (FLEXOLMO.md section 6).
+    rather than loads without the bias.
     """
     if biased:
         return {"architectures": ["FlexOlmoBiasedForCausalLM"], "model_type": "flex_olmo_biased"}

@@ -1,8 +1,8 @@
 """Take experts out of an assembled model.
 
 The result is what `assemble` would have written without them, byte for byte: their files are dropped, their router
-rows are left out, and the experts behind them move up. Nothing is masked: a zeroed router row can still be chosen
-(FLEXOLMO.md section 5). Files are checked against `assembly.json` while they are copied.
+rows are left out, and the experts behind them move up. Nothing is masked: a zeroed router row can still be chosen.
+Files are checked against `assembly.json` while they are copied.
 """
 
 import hashlib

@@ -1,8 +1,10 @@
-"""`flexpert assemble` and `flexpert remove`."""
+"""`flexpert assemble` and `flexpert remove`.
+
+Neither writes its `resolved.yaml` into the model: a model directory is passed on, and the paths and names in that file
+are nobody's business there. `assembly.json` says what a model consists of.
+"""
 
 from pathlib import Path
-
-from omegaconf import OmegaConf
 
 from flexpert.assembly.assemble import assemble
 from flexpert.assembly.remove import remove
@@ -14,14 +16,13 @@ def run_assemble(config: AssembleConfig, resolved: str) -> None:
     output = Path(config.output_dir)
     contributions = [Path(path) for path in config.contributions]
     assemble(Path(config.base), contributions, output, active_experts=config.active_experts)
-    (output / "resolved.yaml").write_text(resolved, encoding="utf-8")
     print(output)
 
 
 def run_remove(config: RemoveConfig, resolved: str) -> None:
-    """Write the smaller model into `output_dir`; not even its `resolved.yaml` says who was removed."""
+    """Write the smaller model into `output_dir`."""
     output = Path(config.output_dir)
-    remove(Path(config.model), config.experts, output, record_removed=config.record_removed)
-    kept = OmegaConf.masked_copy(OmegaConf.create(resolved), ["record_removed", "output_dir"])
-    (output / "resolved.yaml").write_text(OmegaConf.to_yaml(kept), encoding="utf-8")
+    record = remove(Path(config.model), config.experts, output, record_removed=config.record_removed)
+    if record.tuned:
+        print("note: the other experts' router rows were tuned on text of all; tune again without it for a full removal")
     print(output)

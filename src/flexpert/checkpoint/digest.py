@@ -15,6 +15,16 @@ from flexpert.records import canonical_json, read_json, sha256_hex
 if TYPE_CHECKING:
     import torch
 
+#: Files of a tokenizer in a Hugging Face directory; all but the first may be absent.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
 
 def digest_of(tensors: Mapping[str, TensorDigest], tokenizer: str) -> str:
     """The base digest of tensors and a tokenizer.

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -38,14 +38,16 @@ def trained_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[
     return {"model": parameters, "optimizer": optimizer_state}
 
 
-def save(directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
+def save(
+    directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, extra: dict[str, Any]
+) -> None:
     """Write `directory/step-N`. `extra` must be JSON: counters that the run needs to go on."""
     final = directory / f"step-{step:09d}"
     if final.exists():
         return
     with atomic_directory(final) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "torch.distributed is unavailable": one process is meant
-        dcp.save(trained_state(model, optimizer), checkpoint_id=temporary, no_dist=True)
+        state_dict_saver.save(trained_state(model, optimizer), checkpoint_id=temporary, no_dist=True)
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
         write_record(temporary / "checkpoint.json", "flexpert.checkpoint", {"step": step, "files": files, **extra})
 
@@ -71,7 +73,7 @@ def load(directory: Path, step: int, model: Transformer, optimizer: torch.optim.
     state = trained_state(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     return record

@@ -27,14 +27,16 @@ from flexpert.records import read_json, read_record, write_json
 DENSE, MIXTURE, BIASED = "olmo2", "flex_olmo", "flex_olmo_biased"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+#: What transformers takes where config.json does not say.
+ROPE_THETA = {DENSE: 10_000.0, MIXTURE: 500_000.0, BIASED: 500_000.0}
 
 
 class Slot(NamedTuple):
-    """Where one tensor of a directory lives: `parameter[index]`; `rows` picks rows of the tensor on the way in."""
+    """Where one tensor of a directory lives: `parameter[place]`; `rows` picks rows of the tensor on the way in."""
 
     source: str
     parameter: str
-    index: tuple[int, ...] = ()
+    place: tuple[int, ...] = ()
     rows: tuple[int, ...] | None = None
 
 
@@ -82,8 +84,8 @@ def job_tensor_map(config: ModelConfig, expert: bool) -> list[Slot]:
         ours, _, projection = slot.parameter.partition(".feed_forward.")
         if projection:
             group = f"{ours}.feed_forward.groups.{int(expert)}"
-            place = {"gate_proj.weight": ("gate_up", (0, 0)), "up_proj.weight": ("gate_up", (0, 1))}
-            name, index = place.get(projection, ("down", (0,)))
+            places = {"gate_proj.weight": ("gate_up", (0, 0)), "up_proj.weight": ("gate_up", (0, 1))}
+            name, index = places.get(projection, ("down", (0,)))
             slots.append(Slot(slot.source, f"{group}.{name}", index))
         elif not expert:
             slots.append(slot)
@@ -137,7 +139,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
         names = read_json(path / INDEX)["weight_map"]
     elif (path / "model.safetensors").is_file():
         with open_shard(path / "model.safetensors") as file:
-            names = dict.fromkeys(file.keys(), "model.safetensors")  # noqa: SIM118 (not a dict)
+            names = dict.fromkeys(file.keys(), "model.safetensors")
     else:
         raise UserError(f"{path} holds neither model.safetensors nor {INDEX}")
     for name in set(names.values()):
@@ -182,7 +184,7 @@ def model_config(raw: dict[str, Any], path: Path) -> ModelConfig:
             active_experts=raw["num_experts_per_tok"] if num_experts else 1,
             router_bias=kind == BIASED,
             rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 500_000.0))),
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", ROPE_THETA[kind]))),
             initializer_range=raw.get("initializer_range", 0.02),
         )
     except KeyError as error:
@@ -208,7 +210,7 @@ def fill(model: Transformer, slots: list[Slot], files: dict[str, Path], device: 
                 if slot.rows is not None:
                     value = value[list(slot.rows)]
                 target = parameters[slot.parameter].data
-                target = target[slot.index] if slot.index else target
+                target = target[slot.place] if slot.place else target
                 if value.shape != target.shape:
                     expected, found = list(target.shape), list(value.shape)
                     raise UserError(f"{path}: tensor {slot.source} has shape {found}, config.json implies {expected}")
@@ -328,10 +330,12 @@ def save_dense(
         shards[-1].append(slot)
         size += nbytes
         total += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / name, (tensor_source(slot.source, parameters[slot.parameter], dtype) for slot in shard))
+        write_tensors(
+            directory / name, (tensor_source(slot.source, parameters[slot.parameter], dtype) for slot in shard)
+        )
         weight_map |= dict.fromkeys((slot.source for slot in shard), name)
     if len(shards) > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,5 +1,6 @@
 """Directories that appear whole or not at all."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,8 +36,9 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         raise UserError(f"{final} exists already; remove it or choose another output_dir")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob(f".{final.name}.*.partial"):
-            if not _alive(int(leftover.name.split(".")[-2])):
+        for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
+            process_id = leftover.name.split(".")[-2]
+            if process_id.isdecimal() and not _alive(int(process_id)):
                 shutil.rmtree(leftover, ignore_errors=True)
         temporary = final.parent / f".{final.name}.{os.getpid()}.partial"
         temporary.mkdir()

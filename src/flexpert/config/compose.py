@@ -1,9 +1,10 @@
 """From a command line to a locked config: compose with Hydra, set text past it, convert, check.
 
-Hydra's override grammar gives a meaning to `=`, `(`, `[`, `,`, `~`, blanks and number-like text inside values, and takes
-`model=DIR` for a choice in the group `model`. A path or a name must arrive as typed, so a value whose key the schema
-knows to be text (`is_text`) never meets that grammar: it is set on the composed config. Numbers, booleans and group
-choices go through Hydra.
+Hydra's override grammar gives a meaning to `=`, `(`, `[`, `,`, `~`, blanks and number-like text inside values, and
+takes `model=DIR` for a choice in the group `model`. A path or a name must arrive as typed, so a value whose key the
+schema knows to be text (`is_text`) never meets that grammar: it is set on the composed config. Numbers, booleans and
+group choices go through Hydra. In text, `${KEY}` stands for the value of KEY, as in any Hydra config; in a prompt it
+means nothing.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from flexpert.config.groups import Lockable
 from flexpert.config.stages import STAGE_CONFIGS
@@ -38,7 +39,8 @@ def group_options(group: str) -> list[str]:
 
 def groups_of(stage: str) -> list[str]:
     """The groups that a stage's defaults list chooses from."""
-    defaults = OmegaConf.load(conf_directory() / f"{stage}.yaml").get("defaults", [])
+    content: Any = OmegaConf.load(conf_directory() / f"{stage}.yaml")
+    defaults = content.get("defaults", [])
     return [str(name) for entry in defaults if OmegaConf.is_dict(entry) for name in entry]
 
 
@@ -75,12 +77,15 @@ def all_keys(schema: type, prefix: str = "") -> list[tuple[str, Any, "dataclasse
 
 
 def split_items(text: str, opening: str = "[{(", closing: str = "]})") -> list[str]:
-    """Split at commas that are outside quotes and brackets."""
+    """Split at commas that are outside quotes and brackets.
+
+    A quote opens where an item or, after a colon, its value begins; elsewhere it is an apostrophe (`/home/o'brien`).
+    """
     items, depth, quoted, item = [], 0, "", ""
     for char in text:
         if quoted:
             quoted = "" if char == quoted else quoted
-        elif char in "'\"":
+        elif char in "'\"" and item.rstrip()[-1:] in ("", ":", "[", "{", ",", "="):
             quoted = char
         elif char in opening:
             depth += 1
@@ -95,13 +100,16 @@ def split_items(text: str, opening: str = "[{(", closing: str = "]})") -> list[s
 
 
 def unquote(text: str) -> str:
-    """Take off quotes that the user put around a value for Hydra's sake."""
-    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
+    """Take off quotes that the user put around a whole value, as Hydra's own grammar asks for in places."""
+    is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" and text.count(text[0]) == 2
+    return text[1:-1] if is_quoted else text
 
 
 def list_items(text: str) -> list[str]:
     text = text.strip()
-    return split_items(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
+    if text.startswith("[") and not text.endswith("]"):
+        raise UserError(f"{text} is a list without its end: write [A,B,…], in quotes where it holds a blank")
+    return split_items(text[1:-1] if text.startswith("[") else text)
 
 
 def parse_text(text: str, hint: Any) -> Any:
@@ -119,10 +127,15 @@ def parse_mapping(text: str, hint: Any) -> dict[str, Any]:
     """`{name:value,…}` where `hint` is the type of the values; the names are always text, also `2024_05`."""
     text = text.strip()
     if not (text.startswith("{") and text.endswith("}")):
-        raise UserError(f"{text} is not a mapping: write {{NAME:VALUE,…}}")
+        raise UserError(
+            f"{text} is not a mapping: write '{{NAME:VALUE,…}}', in quotes that keep the shell away from it"
+        )
     result = {}
     for item in split_items(text[1:-1]):
-        name, colon, value = item.partition(":")
+        quote = item[0] if item[0] in "'\"" else ""
+        end = item.find(quote, 1) + 1 if quote else 0
+        name, colon, value = item[end:].partition(":")
+        name = item[:end] + name
         if not colon:
             raise UserError(f"'{item}' in {text} has no value: write {{NAME:VALUE,…}}")
         result[unquote(name.strip())] = parse_text(value.strip(), hint if hint == list[str] else str)
@@ -163,10 +176,11 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
         if is_text(hint):
             return TextOverride(name, parse_text(value, hint))
         return f"{name}={value}"
-    parent, _, item = name.rpartition(".")
-    if parent in leaves and typing.get_origin(leaves[parent][0]) is dict:
-        item_hint = typing.get_args(leaves[parent][0])[1]
-        return TextOverride(parent, {item: parse_text(value, item_hint if item_hint == list[str] else str)}, merge=True)
+    for parent, (hint, _) in leaves.items():
+        if typing.get_origin(hint) is dict and name.startswith(f"{parent}."):
+            item, item_hint = name.removeprefix(f"{parent}."), typing.get_args(hint)[1]
+            content = parse_text(value, item_hint if item_hint == list[str] else str)
+            return TextOverride(parent, {item: content}, merge=True)
     if name in groups_of(stage):
         if value not in group_options(name):
             raise UserError(f"there is no {name}={value}: choose one of {', '.join(group_options(name))}")
@@ -184,6 +198,13 @@ def one_line(error: Exception) -> str:
     if isinstance(error, HydraException) and error.__cause__ is not None:
         return one_line(error.__cause__) if isinstance(error.__cause__, Exception) else lines[0]
     return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def missing_keys(content: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of the mandatory values that are not given, in order."""
+    if isinstance(content, dict):
+        return [key for name, value in content.items() for key in missing_keys(value, f"{prefix}{name}.")]
+    return [prefix.removesuffix(".")] if content == "???" else []
 
 
 def lock_all(config: Any, path: str = "") -> None:
@@ -217,14 +238,13 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
             before = OmegaConf.select(node, key) if merge else {}
             with open_dict(node):
                 OmegaConf.update(node, key, {**before, **value} if merge else value, merge=False)
-        missing = sorted(OmegaConf.missing_keys(node))
+        missing = missing_keys(OmegaConf.to_container(node))
         if missing:
             raise UserError(f"{stage} needs {', '.join(f'{key}=…' for key in missing)}")
-        OmegaConf.resolve(node)
         config = OmegaConf.to_object(node)
-        text = OmegaConf.to_yaml(node)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{stage} needs a value: {one_line(error)}") from None
+        text = OmegaConf.to_yaml(node, resolve=True)
+    except (InterpolationResolutionError, GrammarParseError) as error:
+        raise UserError(f"{one_line(error)} (${{KEY}} stands for the value of KEY; \\${{ is the text itself)") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from None
     for override in (override for override in texts if override.literal):
@@ -239,13 +259,13 @@ def describe(stage: str) -> str:
     GlobalHydra.instance().clear()
     with initialize_config_module("flexpert.conf", version_base="1.3"):
         node = hydra_compose(config_name=stage)
-    schema = STAGE_CONFIGS[stage]
+    schema, defaults = STAGE_CONFIGS[stage], OmegaConf.to_container(node)
     lines = [(schema.__doc__ or "").strip(), "", f"usage: flexpert {stage} key=value …", ""]
     lines += [f"  {group}=NAME   one of {', '.join(group_options(group))}" for group in groups_of(stage)]
     for key, _, field in all_keys(schema):
-        value = OmegaConf.select(node, key, throw_on_missing=False)
-        missing = OmegaConf.is_missing(node, key) if "." not in key else value is None and field.default == "???"
-        shown = "required" if missing else OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        lines.append(f"  {key}={'null' if shown is None else shown}\n        {field.metadata['help']}")
+        value: Any = defaults
+        for name in key.split("."):
+            value = value[name]
+        shown = {"???": "required", "None": "null", "True": "true", "False": "false"}.get(str(value), value)
+        lines.append(f"  {key}={shown}\n        {field.metadata['help']}")
     return "\n".join(lines)
-

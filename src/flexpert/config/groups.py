@@ -6,6 +6,7 @@ raises from then on) and calls every `check`. Each option's help text stands bes
 `flexpert STAGE --help` prints.
 """
 
+import math
 import re
 from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
@@ -36,10 +37,23 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{key}={value} is not one of {', '.join(choices)}")
 
 
-def check_positive(prefix: str, config: Any, *names: str) -> None:
+def check_positive(group: str, config: Any, *names: str) -> None:
+    """Numbers of `config`, which is the group `group` of its stage ("": the stage itself), are positive or null."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{prefix}.{name}={value} must be positive")
+        key = f"{group}.{name}".removeprefix(".")
+        require(value is None or 0 < value < math.inf, f"{key}={value} must be positive")
+
+
+def check_not_negative(group: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        key = f"{group}.{name}".removeprefix(".")
+        require(value is None or 0 <= value < math.inf, f"{key}={value} must not be negative or infinite")
+
+
+def check_seed(seed: int) -> None:
+    require(0 <= seed < 2**32, f"seed={seed} must be in [0, 2^32)")
 
 
 class Lockable:
@@ -114,6 +128,7 @@ class ModelConfig(Lockable):
     def check(self) -> None:
         check_positive("model", self, "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
         check_positive("model", self, "vocab_size", "max_sequence_length", "active_experts")
+        check_positive("model", self, "rms_norm_eps", "rope_theta", "initializer_range")
         require(
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} does not divide by model.num_heads={self.num_heads}",
@@ -154,8 +169,7 @@ class OptimConfig(Lockable):
     def check(self) -> None:
         check_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
         check_positive("optim", self, "lr", "router_lr", "eps", "grad_clip", "horizon_steps")
-        require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must not be negative")
-        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must not be negative")
+        check_not_negative("optim", self, "weight_decay", "warmup_steps", "final_lr_ratio")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas={self.betas} must be two numbers in [0, 1)",
@@ -177,7 +191,9 @@ class MonitorConfig(Lockable):
     """Group `monitor`: what is told while a stage runs. `metrics.jsonl` is written whatever is set here."""
 
     log_interval: int = opt(10, "steps between two lines of progress")
-    wandb: str = opt("auto", "off, offline, online, or auto: online with WANDB_API_KEY, offline without, off uninstalled")
+    wandb: str = opt(
+        "auto", "off, offline, online, or auto: online with WANDB_API_KEY, offline without, off uninstalled"
+    )
     project: str = opt("flexpert", "W&B project")
     entity: str | None = opt(None, "W&B entity (team or user)")
     group: str | None = opt(None, "W&B group; a pipeline sets its own name")
@@ -212,6 +228,7 @@ class TrainConfig(Lockable):
     def check(self) -> None:
         check_positive("train", self, "steps", "tokens", "batch_tokens", "sequence_length", "microbatch_sequences")
         check_positive("train", self, "loss_chunk_tokens", "evaluation_interval", "evaluation_sequences")
+        check_not_negative("train", self, "z_loss", "router_z_loss")
         require((self.steps is None) != (self.tokens is None), "give exactly one of train.steps and train.tokens")
         require(
             self.batch_tokens % self.sequence_length == 0,
@@ -319,6 +336,9 @@ class BaselinesConfig(Lockable):
     btm: bool = opt(True, "Branch-Train-Merge: ensemble weighted by each model's likelihood of the text so far")
     btm_temperature: float = opt(1.0, "temperature of those weights, nats per token of evidence")
 
+    def check(self) -> None:
+        check_positive("baselines", self, "btm_temperature")
+
 
 @dataclass
 class LauncherConfig(Lockable):
@@ -326,7 +346,9 @@ class LauncherConfig(Lockable):
 
     kind: str = opt("local", "local: processes on this machine")
     max_jobs: int = opt(2, "stages that run side by side")
-    threads_per_job: int | None = opt(None, "CPU threads of a stage; null: cores / max_jobs, all for a stage that is alone")
+    threads_per_job: int | None = opt(
+        None, "CPU threads of a stage; null: cores / max_jobs, all for a stage that is alone"
+    )
 
     def check(self) -> None:
         check_choice("launcher.kind", self.kind, ("local",))
@@ -348,4 +370,6 @@ class PipelineGraphConfig(Lockable):
     assemble: list[str] = opt([], "overrides of `assemble`")
     tune_router: list[str] | None = opt(None, "overrides of `tune_router`; null: the router stays as assembled")
     evaluate: list[str] = opt([], "overrides of `evaluate`")
-    gates: dict[str, float] = opt({}, "thresholds that the evaluation must meet, by name; see flexpert.evaluation.gates")
+    gates: dict[str, float] = opt(
+        {}, "thresholds that the evaluation must meet, by name; see flexpert.evaluation.gates"
+    )

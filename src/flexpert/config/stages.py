@@ -22,7 +22,9 @@ from flexpert.config.groups import (
     TrainDataConfig,
     TrainTokenizerConfig,
     check_choice,
+    check_not_negative,
     check_positive,
+    check_seed,
     opt,
     require,
 )
@@ -44,6 +46,7 @@ class TrainingStage(Lockable):
 
     def check(self) -> None:
         check_choice("resume", self.resume, ("auto", "never"))
+        check_seed(self.seed)
 
 
 @dataclass
@@ -89,7 +92,7 @@ class TuneRouterConfig(TrainingStage):
 
     def check(self) -> None:
         super().check()
-        check_positive("tune_router", self, "active_experts")
+        check_positive("", self, "active_experts")
 
 
 @dataclass
@@ -105,6 +108,8 @@ class PrepareConfig(Lockable):
     output_dir: str = opt(MISSING, "where the stage writes")
 
     def check(self) -> None:
+        check_seed(self.seed)
+        check_not_negative("", self, "valid_documents")
         require(0 <= self.valid_fraction < 1, f"valid_fraction={self.valid_fraction} must be in [0, 1)")
         require(
             (self.tokenizer is None) != (self.train_tokenizer.vocab_size is None),
@@ -123,7 +128,7 @@ class AssembleConfig(Lockable):
 
     def check(self) -> None:
         require(len(self.contributions) > 0, "contributions=[DIR,…] names no contribution")
-        check_positive("assemble", self, "active_experts")
+        check_positive("", self, "active_experts")
 
 
 @dataclass
@@ -157,7 +162,11 @@ class EvaluateConfig(Lockable):
     output_dir: str = opt(MISSING, "where evaluation.json goes")
 
     def check(self) -> None:
-        check_positive("evaluate", self, "active_experts", "sequence_length", "batch_sequences")
+        check_positive("", self, "active_experts", "sequence_length", "batch_sequences")
+        require(
+            all(number > 0 for number in self.sweep_active_experts),
+            f"sweep_active_experts={self.sweep_active_experts} must be positive numbers",
+        )
 
 
 @dataclass
@@ -178,8 +187,9 @@ class GenerateConfig(Lockable):
     parallel: ParallelConfig = opt(ParallelConfig, "")
 
     def check(self) -> None:
-        check_positive("generate", self, "active_experts", "max_new_tokens", "top_k")
-        require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        check_positive("", self, "active_experts", "max_new_tokens", "top_k")
+        check_not_negative("", self, "temperature")
+        check_seed(self.seed)
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
 
 
@@ -200,6 +210,9 @@ class PipelineConfig(Lockable):
     monitor: MonitorConfig = opt(MonitorConfig, "")
     seed: int = opt(0, "seed of every stage")
     output_dir: str = opt("runs/${pipeline.name}", "run directory")
+
+    def check(self) -> None:
+        check_seed(self.seed)
 
 
 #: Stage name → schema of its config; `conf/STAGE.yaml` holds the defaults.

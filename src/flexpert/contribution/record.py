@@ -22,7 +22,7 @@ TENSORS_NAME = "expert.safetensors"
 #: The id of the public model's own FFN in an assembled model.
 PUBLIC_ID = "public"
 
-#: The matrices of one FFN: W1, W3 and W2 of `E(x) = W2 (silu(W1 x) ⊙ W3 x)` (FLEXOLMO.md section 1).
+#: The matrices of one FFN: W1, W3 and W2 of `E(x) = W2 (silu(W1 x) ⊙ W3 x)`.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 #: Dtypes that an expert may have.

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexpert.assembly.tensors import SafetensorsFile, TensorDigest, TensorSet, all_finite, open_tensors
+from flexpert.assembly.tensors import (
+    ITEM_BYTES,
+    SafetensorsFile,
+    TensorDigest,
+    TensorInfo,
+    TensorSet,
+    all_finite,
+    open_tensors,
+)
 from flexpert.contribution.record import (
     CONTRIBUTION_KIND,
     EXPERT_DTYPES,
@@ -85,7 +93,9 @@ def _parse(record: Mapping[str, Any], directory: Path) -> Contribution:
 
 def _parse_tensor(name: str, entry: Any, where: Path) -> TensorDigest:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape]} if all(type(size) is int for size in shape):
+        case {"dtype": str(dtype), "shape": [*shape]} if dtype in ITEM_BYTES and all(
+            type(size) is int for size in shape
+        ):
             return TensorDigest(dtype, tuple(shape), require_sha256(entry, "sha256", f"{where}: the tensor {name!r}"))
     raise UserError(f"{where}: the entry of the tensor {name!r} is malformed; write the record again")
 
@@ -115,8 +125,7 @@ def _check_same_names(found: Mapping[str, object], expected: Mapping[str, object
             raise UserError(f"{where}: the tensor {name!r} is not part of a contribution; pack the expert alone")
 
 
-def _check_layout(name: str, found: Any, dtype: str, shape: tuple[int, ...], where: Path) -> None:
-    """Compare dtype and shape of a `TensorDigest` or a `TensorInfo`."""
+def _check_layout(name: str, found: TensorDigest | TensorInfo, dtype: str, shape: tuple[int, ...], where: Path) -> None:
     if found.dtype != dtype:
         raise UserError(f"{where}: the tensor {name!r} has the dtype {found.dtype}, not {dtype}; pack the expert again")
     if found.shape != shape:

@@ -2,8 +2,8 @@
 
 import glob
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from flexpert.data import demo
 from flexpert.errors import UserError
 
 DEMO_PREFIX = "demo:"
+ZSTD_READ_BYTES = 128 << 10
 
 
 def read_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
@@ -30,7 +31,8 @@ def read_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
             raise UserError(f"data.documents={source}: there is no demo corpus '{name}'; {', '.join(demo.CORPORA)}")
         yield from demo.documents(name, seed)
         return
-    paths = [Path(path) for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]
+    found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))  # a name may hold [ ]
+    paths = [Path(path) for path in found if Path(path).is_file()]
     if not paths:
         raise UserError(f"data.documents={source} matches no file")
     for path in paths:
@@ -46,43 +48,66 @@ def read_file(path: Path, text_field: str) -> Iterator[str]:
         yield from read_json_lines(path, text_field)
     else:
         try:
-            yield path.read_text(encoding="utf-8")
+            yield path.read_bytes().decode()  # read_text would turn \r\n into \n
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def open_text(path: Path) -> io.TextIOBase:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a plain or compressed file."""
     if path.name.endswith(".zst"):
-        import zstandard
+        rest = b""
+        for piece in zstd_pieces(path):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+        yield rest
+    else:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+            yield from file
 
-        return zstandard.open(path, "rt", encoding="utf-8")  # type: ignore[no-any-return]
-    return open(path, encoding="utf-8")
+
+def zstd_pieces(path: Path) -> Iterator[bytes]:
+    """Content of all frames. `zstandard.open` takes the part before a cut for the whole; here that is an `EOFError`."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame = None
+    with path.open("rb") as file:
+        while compressed := file.read(ZSTD_READ_BYTES):
+            while compressed:
+                frame = frame or decompressor.decompressobj()
+                try:
+                    yield frame.decompress(compressed)
+                except zstandard.ZstdError as error:
+                    raise ValueError(error) from None
+                compressed = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("Compressed file ended inside a frame")
 
 
 def read_json_lines(path: Path, text_field: str) -> Iterator[str]:
     number = 0
     try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                text = row.get(text_field) if isinstance(row, dict) else None
-                if not isinstance(text, str):
-                    raise UserError(f"{path} line {number} has no text field '{text_field}' (data.text_field=…)")
-                yield text
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number} is not JSON: {error.msg}") from None
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line.strip():
+                continue
+            row = json.loads(line.decode())
+            text = row.get(text_field) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"{path} line {number} has no text field '{text_field}' (data.text_field=…)")
+            text.encode()  # fails for half of a surrogate pair, which JSON can spell and no file can hold
+            yield text
     except UserError:
         raise
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {number} is not JSON: {error.msg}") from None
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise UserError(f"{path} line {number} is not UTF-8 text: {error.reason}") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path} cannot be read after line {number}: {error}") from None
-    except Exception as error:  # zstandard's own error class, imported only where a .zst file is read
-        if type(error).__module__.startswith("zstandard"):
-            raise UserError(f"{path} cannot be read after line {number}: {error}") from None
-        raise
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -91,12 +116,16 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a parquet file: {error}") from None
-    if text_field not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column '{text_field}' (data.text_field=…); it has {file.schema_arrow.names}")
-    for batch in file.iter_batches(columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str):
-                raise UserError(f"{path} column '{text_field}' holds a {type(text).__name__} where text is expected")
-            yield text
+        if text_field not in file.schema_arrow.names:
+            names = file.schema_arrow.names
+            raise UserError(f"{path} has no column '{text_field}' (data.text_field=…); it has {names}")
+        row = 0
+        for batch in file.iter_batches(columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(text, str):
+                    kind = "no value" if text is None else f"a {type(text).__name__}"
+                    raise UserError(f"{path} row {row} has {kind} where column '{text_field}' should have text")
+                yield text
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}") from None

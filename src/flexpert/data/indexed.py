@@ -29,13 +29,18 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
+def file_of(prefix: Path, end: str) -> Path:
+    """`prefix` with `.bin` or `.idx` added, as Megatron does it: a prefix may hold a dot."""
+    return prefix.with_name(prefix.name + end)
+
+
 class IndexedWriter:
     """Write documents one after another; the index is written when the block ends without an error."""
 
     def __init__(self, prefix: Path, dtype: type[np.integer]) -> None:
         self.prefix, self.dtype = prefix, dtype
         self.lengths: list[int] = []
-        self.file = open(prefix.with_suffix(".bin"), "wb")
+        self.file = file_of(prefix, ".bin").open("wb")
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -54,7 +59,7 @@ class IndexedWriter:
         lengths = np.asarray(self.lengths, dtype=np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(self.dtype).itemsize
         offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-        with open(self.prefix.with_suffix(".idx"), "wb") as file:
+        with file_of(self.prefix, ".idx").open("wb") as file:
             file.write(MAGIC + HEADER.pack(1, CODES[self.dtype], len(lengths), len(lengths) + 1))
             file.write(lengths.tobytes() + offsets.tobytes())
             file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
@@ -72,7 +77,7 @@ class IndexedTokens:
     """
 
     def __init__(self, prefix: Path) -> None:
-        index, data = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+        index, data = file_of(prefix, ".idx"), file_of(prefix, ".bin")
         for path in (index, data):
             if not path.is_file():
                 raise UserError(f"{path} does not exist: write it with `flexpert prepare`")
@@ -85,6 +90,9 @@ class IndexedTokens:
             raise UserError(f"{index} is damaged or of an unknown version")
         sequence_lengths = np.frombuffer(content, np.int32, sequences, start).astype(np.int64)
         document_ends = np.frombuffer(content, np.int64, boundaries, start + 12 * sequences)
+        edges = np.concatenate([np.zeros(1, np.int64), document_ends, np.full(1, sequences)])
+        if sequence_lengths.min(initial=0) < 0 or np.diff(edges).min() < 0:
+            raise UserError(f"{index} is damaged: its documents are not in order")
         token_ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(sequence_lengths)])
         self.lengths: NDArray[np.int64] = np.diff(token_ends[document_ends])
         self.starts: NDArray[np.int64] = token_ends[document_ends][:-1]

@@ -67,8 +67,7 @@ def run(config: PrepareConfig, resolved: str) -> None:
         )
         (directory / "resolved.yaml").write_text(resolved, encoding="utf-8")
     totals = ", ".join(
-        f"{name}: {split['documents']:,} documents {split['tokens']:,} tokens"
-        for name, split in splits.items()
+        f"{name}: {split['documents']:,} documents {split['tokens']:,} tokens" for name, split in splits.items()
     )
     print(f"{output}: {totals}")
 
@@ -90,9 +89,8 @@ def write_splits(config: PrepareConfig, tokenizer: Tokenizer, directory: Path) -
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 split = "valid" if is_held_out(text, config.valid_fraction) else "train"
                 count = counts[split]
-                if split == "valid" and config.valid_documents is not None:
-                    if count["documents"] >= config.valid_documents:
-                        continue
+                if split == "valid" and count["documents"] == config.valid_documents:
+                    continue
                 writers[split].add([*ids, tokenizer.eos_id])
                 count["documents"] += 1
                 count["tokens"] += len(ids) + 1

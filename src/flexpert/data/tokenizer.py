@@ -7,21 +7,11 @@ from pathlib import Path
 
 import tokenizers
 
-from flexpert.checkpoint.digest import tokenizer_digest
+from flexpert.checkpoint.digest import TOKENIZER_FILES, tokenizer_digest
 from flexpert.errors import UserError
 from flexpert.records import read_json, write_json
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-
-#: Files of a tokenizer in a Hugging Face directory; all but the first may be absent.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -92,13 +82,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
     """Train a byte-level BPE with single digits and write it as transformers reads it."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(  # type: ignore[assignment]
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Digits(individual_digits=True),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    backend.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
+    backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, PAD],

@@ -84,6 +84,8 @@ def check_gates(content: dict[str, Any], thresholds: dict[str, float]) -> list[G
             values = measure(content)
         except KeyError as error:
             raise UserError(f"gate {name} needs '{error.args[0]}', which was not evaluated") from None
+        if not values:
+            raise UserError(f"gate {name} has nothing to check: no expert has a data set of its name")
         where, value = (min if above else max)(values.items(), key=lambda item: item[1])
         holds = value > threshold if above else value < threshold
         gates.append(Gate(name, claim, value, where, threshold, holds))

@@ -65,7 +65,7 @@ def score(model: Transformer, data: EvaluationSet, length: int, batch: int) -> S
 def weight_shares(weights_TK: torch.Tensor, indices_TK: torch.Tensor, experts: int) -> NDArray[np.float64]:
     """Router weights of the active experts, in a row of all of them, [T, E]."""
     shares = torch.zeros(len(weights_TK), experts, dtype=torch.double, device=weights_TK.device)
-    return shares.scatter_(1, indices_TK, weights_TK.double()).cpu().numpy()  # type: ignore[no-any-return]
+    return shares.scatter_(1, indices_TK, weights_TK.double()).cpu().numpy()
 
 
 def bits_per_byte(nll: list[NDArray[np.float64]], data: EvaluationSet) -> float:

@@ -88,7 +88,7 @@ class LocalLauncher:
         shared = self.config.threads_per_job or max(1, cores // self.config.max_jobs)
         threads = str(cores if node.alone else shared)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
-        log = open(log_path, "wb")
+        log = open(log_path, "wb")  # noqa: SIM115 (closed when the job ends)
         command = [sys.executable, "-m", "flexpert", node.stage, *node.overrides]
         # A session of its own: Ctrl-C reaches this process alone, which then stops the stages in order.
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -89,7 +89,8 @@ class Attention(nn.Module):
             is_causal=mask_B1SS is None and length > 1,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return projected
 
 
 def document_mask(document_ids_BS: Tensor) -> Tensor:

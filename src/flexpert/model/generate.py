@@ -6,7 +6,9 @@ from torch import Tensor
 from flexpert.model.transformer import Transformer
 
 
-def sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
+def sample(
+    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator
+) -> Tensor:
     """Next tokens [B, 1]: the likeliest where `temperature` is 0, else a draw from the truncated distribution."""
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)

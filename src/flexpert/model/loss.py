@@ -70,7 +70,7 @@ def chunked_nll(
     if torch.is_autocast_enabled(hidden_TD.device.type):
         dtype = torch.get_autocast_dtype(hidden_TD.device.type)
         hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-    nll_T, lse_T = ChunkedNLL.apply(hidden_TD, weight_VD, targets_T, chunk_tokens)
+    nll_T, lse_T = ChunkedNLL.apply(hidden_TD, weight_VD, targets_T, chunk_tokens)  # type: ignore[no-untyped-call]
     return nll_T, lse_T
 
 

@@ -54,6 +54,7 @@ class MixtureOfExperts(nn.Module):
         assert sum(group_sizes) == config.num_experts
         self.all_active = config.active_experts == config.num_experts
         self.router = Router(config.hidden_size, group_sizes, config.active_experts, config.router_bias)
+        self.group_sizes = group_sizes
         self.groups = nn.ModuleList(
             ExpertGroup(size, config.hidden_size, config.intermediate_size) for size in group_sizes
         )
@@ -63,8 +64,9 @@ class MixtureOfExperts(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD)
         y_TD, first = None, 0
-        for group in self.groups:
-            last = first + group.down.shape[0]
+        for size, group in zip(self.group_sizes, self.groups, strict=True):
+            assert isinstance(group, ExpertGroup)
+            last = first + size
             if self.all_active:
                 part = dense_mixing(x_TD, routing.probs_TE[:, first:last].to(x.dtype), group.gate_up, group.down)
             else:

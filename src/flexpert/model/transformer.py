@@ -65,7 +65,8 @@ class Transformer(nn.Module):
         self.config = config
         groups = group_sizes or (config.num_experts,)
         # from_pretrained: nn.Embedding would draw weights, which costs a second of imports on the meta device
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab, config.hidden_size), freeze=False)
+        empty = torch.empty(config.vocab, config.hidden_size)
+        self.embedding = nn.Embedding.from_pretrained(empty, freeze=False)  # type: ignore[no-untyped-call]
         self.blocks = nn.ModuleList(Block(config, groups) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab, bias=False)
@@ -101,10 +102,7 @@ class Transformer(nn.Module):
         """Empty key/value caches for `batch` sequences of up to `capacity` tokens."""
         weight = self.head.weight
         shape = (batch, self.config.kv_heads, capacity, self.config.head_dim)
-        return [
-            KeyValueCache(*(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)))
-            for _ in range(self.config.num_layers)
-        ]
+        return [KeyValueCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(self.config.num_layers)]
 
 
 def build_on_meta(config: ModelConfig, group_sizes: tuple[int, ...] | None = None) -> Transformer:

@@ -155,24 +155,41 @@ def headline(content: dict[str, Any], tuned: bool) -> str:
     return sentence + "."
 
 
+def better_methods(content: dict[str, Any]) -> str:
+    """One sentence that names every method with fewer bits per byte where `headline` looks; empty if there is none."""
+    rows = method_rows(content)
+    domains = private_domains(content) or list(content["domains"])
+    own = next(row.mean(domains) for row in rows if row.key == MODEL)
+    labels = {
+        PUBLIC: "the public model",
+        SOUP: "the soup",
+        BTM: "BTM",
+        "dense": "dense fine-tunes on their own domains",
+    }
+    means = {labels[row.key]: row.mean(domains) for row in rows if row.key in labels}
+    lower = [f"{name} ({m:.3f})" for name, m in means.items() if m is not None and own is not None and below(m, own)]
+    return f"Lower on the same text: {join(lower)}." if lower else ""
+
+
 def verdicts(content: dict[str, Any] | None, thresholds: dict[str, float]) -> list[VerdictRow]:
     """Each gate of the pipeline, checked by itself, so that one without its numbers hides no other."""
     rows = []
     for name, threshold in thresholds.items():
         claim, _, above = GATES.get(name, (name, None, True))
+        claim = claim[:1].upper() + claim[1:]
         limit = f"must be {'above' if above else 'below'} {threshold:g}"
         if content is None:
-            rows.append(VerdictRow(claim, None, f"{limit}; nothing was evaluated"))
+            rows.append(VerdictRow(claim, None, f"{limit}: nothing was evaluated"))
             continue
         if name in GATES and not private_domains(content):
-            rows.append(VerdictRow(claim, None, f"{limit}; no domain has an expert of its own"))
+            rows.append(VerdictRow(claim, None, f"{limit}: no domain has an expert of its own"))
             continue
         try:
             gate = check_gates(content, {name: threshold})[0]
         except UserError as error:
-            rows.append(VerdictRow(claim, None, f"{limit}; {error}"))
+            rows.append(VerdictRow(claim, None, f"{limit}: {error}"))
             continue
-        rows.append(VerdictRow(claim, gate.holds, f"worst {gate.value:.4f}, {gate.where}; {limit}"))
+        rows.append(VerdictRow(claim, gate.holds, f"worst: {gate.value:.4f} ({gate.where}), {limit}"))
     return rows
 
 
@@ -180,13 +197,15 @@ def shortcomings(content: dict[str, Any]) -> list[str]:
     """What does not speak for the mixture, one sentence each."""
     rows = {row.key: row for row in method_rows(content)}
     model, domains = rows.pop(MODEL), list(content["domains"])
-    notes = [note for row in rows.values() if not row.key.startswith("active ") for note in losses_to(row, model, content)]
+    others = [row for row in rows.values() if not row.key.startswith("active ")]
+    notes = [note for row in others if (note := lead_over(row, model, content))]
     own_mean = model.mean(domains)
-    fewer = [(mean, row) for row in rows.values() if row.key.startswith("active ") and (mean := row.mean(domains))]
+    fewer = [(mean, row) for row in rows.values() if row not in others and (mean := row.mean(domains)) is not None]
     if fewer and own_mean is not None:
         mean, row = min(fewer, key=lambda pair: pair[0])
         if below(mean, own_mean):
-            notes.append(f"With {row.active_experts} active the mixture is better: mean {mean:.3f} against {own_mean:.3f}.")
+            means = f"mean of all domains {mean:.3f} against {own_mean:.3f}"
+            notes.append(f"With {row.active_experts} active the mixture is better: {means}.")
     deltas = removal_deltas(content)
     gains = [(d, name, domain) for name, row in deltas.items() for domain, d in row.items() if below(d, 0.0)]
     if gains:
@@ -196,42 +215,41 @@ def shortcomings(content: dict[str, Any]) -> list[str]:
             f"In {len(gains)} of {cells} cells of the removal map a domain gains by losing an expert, most "
             f"{domain} without {name} ({signed(delta)})."
         )
-    for domain in private_domains(content):
-        share = content["methods"][MODEL]["domains"][domain].get("routing", {}).get("share", {})
+    for domain, result in content["methods"][MODEL]["domains"].items():
+        share = result.get("routing", {}).get("share", {})
         first = max(share, key=lambda name: share[name], default=domain)
-        if first != domain:
+        if domain in share and first != domain:
             notes.append(
-                f"On {domain} the router prefers {first} ({share[first]:.0%}) to the domain's own expert "
+                f"On {domain} the router prefers {first} ({share[first]:.0%}) to the domain’s own expert "
                 f"({share[domain]:.0%})."
             )
     return notes
 
 
-def losses_to(row: MethodRow, model: MethodRow, content: dict[str, Any]) -> list[str]:
-    """Where another method is better than the model."""
+def lead_over(row: MethodRow, model: MethodRow, content: dict[str, Any]) -> str:
+    """Where another method is better than the model; empty where it is not."""
     domains, members = list(content["domains"]), num_ensemble_members(content)
     subject = {
         PUBLIC: "The public model alone",
         SOUP: "The soup",
         BTM: f"BTM, which runs {number(members)} full models on every token,",
-        "dense": "The owner’s own dense fine-tune, which shares nothing,",
+        "dense": "The owner’s own dense fine-tune, which serves nobody else,",
     }[row.key]
-    notes = []
-    lost = [name for name in row.bits if below(row.bits[name], model.bits[name])]
-    if lost:
-        cells = [
-            f"{name} ({row.bits[name]:.3f}, {model.bits[name]:.3f}: {signed(100 * (model.bits[name] / row.bits[name] - 1), 1)}%)"
-            for name in lost
-        ]
-        text = f"{subject} is better on {join(cells)}"
-        theirs, ours = row.mean(domains), model.mean(domains)
-        if theirs is not None and ours is not None:
-            verdict = "better" if below(theirs, ours) else "worse" if below(ours, theirs) else "equal"
-            size = f" by {abs(ours - theirs):.3f}" if verdict != "equal" else ""
-            text += f"; on the mean of all domains it is {verdict}{size}"
-        notes.append(f"{text}.")
-    wrong = [name for name in row.accuracy if below(model.accuracy[name], row.accuracy[name])]
-    if wrong:
+    clauses = []
+    if lost := [name for name in row.bits if below(row.bits[name], model.bits[name])]:
+        cells = []
+        for name in lost:
+            theirs, ours = row.bits[name], model.bits[name]
+            cells.append(f"{name} ({theirs:.3f}, {ours:.3f}: {signed(100 * (ours / theirs - 1), 1)}%)")
+        clauses.append(f"is better on {join(cells)}")
+    if wrong := [name for name in row.accuracy if below(model.accuracy[name], row.accuracy[name])]:
         cells = [f"{name} ({row.accuracy[name]:.1%} against {model.accuracy[name]:.1%})" for name in wrong]
-        notes.append(f"{subject} answers more questions of {join(cells)} right.")
-    return notes
+        clauses.append(f"gives more right answers on {join(cells)}")
+    if not clauses:
+        return ""
+    mean, own_mean = row.mean(domains), model.mean(domains)
+    if mean is not None and own_mean is not None:
+        word = "better" if below(mean, own_mean) else "worse" if below(own_mean, mean) else "equal"
+        size = f" by {abs(own_mean - mean):.3f}" if word != "equal" else ""
+        clauses.append(f"is {word}{size} on the mean of all domains")
+    return f"{subject} {join(clauses)}."

@@ -17,14 +17,16 @@ h3 { font-size: 1rem; font-weight: 600; margin: 1.75rem 0 .5rem }
 h4 { font-size: .875rem; font-weight: 600; margin: 0 0 .4rem }
 section { margin-top: 2.5rem; padding-top: 2rem; border-top: 1px solid var(--rule) }
 section > p, section > ul { max-width: 44rem }
+section > ul { padding-left: 1.25rem } section > ul li + li { margin-top: .35rem }
 nav { margin-top: 1rem; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .875rem }
 a { color: var(--accent); text-decoration: none }
 a:hover { text-decoration: underline }
 .headline { font-size: 1.45rem; line-height: 1.38; max-width: 48rem; margin: 0; text-wrap: pretty }
 #result > h2 { font-size: .875rem; color: var(--muted); font-weight: 400 }
+.headline + p { margin: .75rem 0 0; color: var(--muted) }
 .note { font-size: .875rem; margin: .5rem 0 0; max-width: 44rem }
 .absent { font-style: italic }
-.gates { list-style: none; margin: 0; padding: 0 }
+.gates.gates { list-style: none; margin: 0; padding: 0 } .gates.gates li { margin: 0 }
 .gates li { display: grid; grid-template-columns: 9.5rem 1fr; gap: 0 1rem; padding: .5rem 0;
   border-top: 1px solid var(--rule) }
 .gates b { font-weight: 600; white-space: nowrap }
@@ -36,7 +38,7 @@ a:hover { text-decoration: underline }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; line-height: 1.4 }
 th, td { padding: .4rem 0 .4rem 1.25rem; text-align: right; vertical-align: baseline; white-space: nowrap;
   border-bottom: 1px solid var(--rule) }
-th { font-weight: 400; color: var(--muted); vertical-align: bottom }
+th { font-weight: 400; color: var(--muted); vertical-align: bottom; white-space: normal; line-height: 1.25 }
 th:first-child, td:first-child { text-align: left; padding-left: .5rem }
 th:last-child, td:last-child { padding-right: .5rem }
 tbody tr:last-child td { border-bottom: 0 }
@@ -47,16 +49,21 @@ tr[data-row="dense"] td { color: var(--muted) }
 #experts-table td, #experts-table th { text-align: left }
 #experts-table td:nth-child(2) { white-space: normal; min-width: 8rem; overflow-wrap: anywhere }
 code { font: .8125rem/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
-#experts-table code { white-space: normal; overflow-wrap: anywhere; display: block; min-width: 16rem; font-size: .75rem }
+#experts-table code { white-space: normal; overflow-wrap: anywhere; display: block; min-width: 16rem;
+  font-size: .6875rem }
 .name { white-space: nowrap }
 .name i { display: inline-block; width: .55rem; height: .55rem; border-radius: 2px; margin-right: .4rem }
-figure { margin: 0; min-width: 0 }
+figure { margin: 0; min-width: 0; overflow-x: auto }
 svg { display: block; height: auto; font-family: inherit; stroke-linejoin: round; stroke-linecap: butt }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1.75rem 2rem;
   margin-top: 1.25rem }
-.grid.narrow { grid-template-columns: repeat(auto-fill, minmax(min(12.5rem, 100%), 1fr)) }
+.grid.narrow { grid-template-columns: repeat(auto-fill, minmax(min(12.5rem, 50% - .75rem), 1fr)); column-gap: 1.5rem }
+.maps { display: flex; flex-wrap: wrap; gap: 1.5rem 2rem }
+.maps figure { max-width: 100% }
 .pair { display: flex; flex-wrap: wrap; gap: 1.5rem 3rem; align-items: flex-start; margin-top: 1.25rem }
-.pair > .scroll { flex: 0 1 auto } .pair > div:last-child h3 { margin-top: 0 }
+.pair > .scroll { flex: 0 1 auto; min-width: 0 }
+.pair > .scroll + div { flex: 1 1 20rem; min-width: 0 }
+.pair > div:last-child h3 { margin-top: 0 }
 @media (max-width: 36rem) {
   body { padding: 1.5rem 1rem 3rem } .headline { font-size: 1.2rem }
   .gates li { grid-template-columns: 1fr }
@@ -85,7 +92,8 @@ def page(name: str, sections: list[tuple[str, str, str]]) -> str:
     """
     light, dark = (";".join(f"--{role}:{pair[side]}" for role, pair in COLORS.items()) for side in (0, 1))
     # Paper is light whatever the screen is, so the dark colours are for the screen alone.
-    themes = f":root{{color-scheme:light dark;{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    on_dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    themes = f":root{{color-scheme:light dark;{light}}}\n{on_dark}"
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
     bodies = "\n".join(
         f'<section id="{key}"><h2>{escape(title)}</h2>\n{body}</section>' for key, title, body in sections

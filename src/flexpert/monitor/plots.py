@@ -8,9 +8,12 @@ PNG is drawn by Agg whatever backend the user has chosen.
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from flexpert.monitor.findings import signed
 
 #: Role → colour on a light and on a dark page. Roles `d0`… are the experts', in order; grey is the public model's.
 COLORS = {
@@ -48,10 +51,6 @@ def domain_role(name: str, owners: Sequence[str]) -> str:
     return f"d{owners.index(name) % NUM_DOMAIN_COLORS}" if name in owners else "public"
 
 
-def shorten(text: str, length: int = 16) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 class Canvas:
     """An empty drawing of `width` × `height` pixels in the colours `theme`."""
 
@@ -68,7 +67,7 @@ class Canvas:
         """`y` is the middle of the lower-case letters; style: align (left, center, right), bold, rotation."""
         self.axes.text(
             x,
-            y + 0 if style.get("rotation") else y + 0.36 * size,
+            y if style.get("rotation") else y + 0.36 * size,
             text,
             fontsize=size,
             color=self.theme[role],
@@ -127,8 +126,7 @@ class Canvas:
         for role, mark in MARKED.items():
             text = text.replace(f": {mark}", f": var(--{role})")
         # Labels shrink with the picture: below this width it scrolls in its frame.
-        style = f"width:100%;max-width:{self.width:.0f}px;min-width:{min(self.width, 300, 0.8 * self.width):.0f}px"
-        style = style if self.width <= 480 else f"width:100%;max-width:{self.width:.0f}px;min-width:{0.75 * self.width:.0f}px"
+        style = f"width:{self.width:.0f}px;max-width:100%;min-width:{0.7 * self.width:.0f}px"
         box = f'viewBox="0 0 {self.width:g} {self.height:g}"'
         head = f'<svg {box} style="{style}" role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">'
         return re.sub(r"\s*\n\s*", "\n", head + text[text.index(">") + 1 :]).strip()
@@ -151,6 +149,7 @@ class Matrix:
         rows, columns: names.
         values: one list a row; None where there is no number.
         digits: of the number in each cell; None: no numbers.
+        label_length: characters after which a name is cut.
         signed: values are changes around 0 (blue above, red below); otherwise shares of 1.
         roles: name → colour.
     """
@@ -160,20 +159,22 @@ class Matrix:
     values: list[list[float | None]]
     roles: dict[str, str]
     digits: int | None
+    label_length: int = 16
     signed: bool = False
+
+    def label(self, name: str) -> str:
+        return name if len(name) <= self.label_length else name[: self.label_length - 1] + "…"
 
     def cell_text(self, value: float) -> str:
         if not self.signed:
             return f"{value:.{self.digits}f}"
-        from flexpert.monitor.findings import signed
-
         return signed(value, self.digits or 0)
 
     def label_width(self, size: float) -> float:
-        return max(len(shorten(name)) for name in self.rows) * CHARACTER * size + 14
+        return max(len(self.label(name)) for name in self.rows) * CHARACTER * size + 14
 
     def head_height(self, cell: float, size: float) -> float:
-        longest = max(len(shorten(name)) for name in self.columns) * CHARACTER * size
+        longest = max(len(self.label(name)) for name in self.columns) * CHARACTER * size
         return size + 12 if longest <= cell else 0.72 * longest + size + 8
 
 
@@ -187,15 +188,17 @@ def draw_matrix(canvas: Canvas, matrix: Matrix, x: float, y: float, cell: tuple[
     left, top = x + matrix.label_width(size), y + matrix.head_height(wide, size)
     numbers = [abs(v) for row in matrix.values for v in row if v is not None]
     scale = max(numbers, default=0.0) if matrix.signed else 1.0
+    texts = [matrix.cell_text(v) for row in matrix.values for v in row if v is not None and matrix.digits is not None]
+    cell_size = min(size, (wide - 6) / (0.66 * max(map(len, texts)))) if texts else size
     slanted = matrix.head_height(wide, size) > size + 12
     for column, name in enumerate(matrix.columns):
         middle = left + (column + 0.5) * wide
         place = {"rotation": 45, "align": "left"} if slanted else {"align": "center"}
-        canvas.text(middle, top - 10 if slanted else top - 7 - size / 2, shorten(name), size, "muted", **place)
+        canvas.text(middle, top - 10 if slanted else top - 7 - size / 2, matrix.label(name), size, "muted", **place)
         canvas.rect(left + column * wide + 1, top - 5, wide - 2, 3, matrix.roles[name])
     for row, name in enumerate(matrix.rows):
         middle = top + (row + 0.5) * high
-        canvas.text(left - 10, middle, shorten(name), size, "ink", align="right")
+        canvas.text(left - 10, middle, matrix.label(name), size, "ink", align="right")
         canvas.rect(left - 5, top + row * high + 1, 3, high - 2, matrix.roles[name])
         for column, value in enumerate(matrix.values[row]):
             at = left + column * wide, top + row * high
@@ -206,7 +209,7 @@ def draw_matrix(canvas: Canvas, matrix: Matrix, x: float, y: float, cell: tuple[
             canvas.rect(at[0] + 1, at[1] + 1, wide - 2, high - 2, "cool" if value < 0 else "heat", strength)
             if matrix.digits is not None:
                 own = name == matrix.columns[column]
-                canvas.text(at[0] + wide / 2, middle, matrix.cell_text(value), size, bold=own, align="center")
+                canvas.text(at[0] + wide / 2, middle, matrix.cell_text(value), cell_size, bold=own, align="center")
     for row, name in enumerate(matrix.rows):
         if name in matrix.columns:
             at = left + matrix.columns.index(name) * wide, top + row * high
@@ -241,7 +244,7 @@ def draw_bars(
         strong = bar.role != "bar"
         canvas.text(x, at + size / 2, bar.label, size, "ink" if strong else "muted", bold=strong)
         canvas.text(x + width, at + size / 2, f"{bar.value:.3f}", size, "ink", bold=strong, align="right")
-        canvas.rect(x, at + size + 4, max(1.0, width * bar.value / top), pitch - size - 12, bar.role)
+        canvas.rect(x, at + size + 4, max(1.0, width * bar.value / top), min(18.0, pitch - size - 12), bar.role)
 
 
 def bars_figure(bars: list[Bar], salt: str, label: str) -> str:
@@ -298,9 +301,10 @@ def loss_figure(curves: list[Curve], salt: str, label: str, width: float = 300, 
     from matplotlib.ticker import MaxNLocator
 
     left, right, top, bottom = 30.0, width - 78, 8.0, height - 20
-    losses = [loss for curve in curves for loss in (*curve.losses, *(curve.band[0] + curve.band[1] if curve.band else []))]
-    ticks = [float(tick) for tick in MaxNLocator(4).tick_values(min(losses), max(losses))]
-    low, high = ticks[0], ticks[-1]
+    losses: list[float] = [loss for curve in curves for edge in (curve.losses, *(curve.band or ())) for loss in edge]
+    margin = 0.05 * (max(losses) - min(losses)) or 0.1
+    low, high = min(losses) - margin, max(losses) + margin
+    ticks = [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     last_step = max(curve.steps[-1] for curve in curves)
 
     def x_of(step: float) -> float:
@@ -343,30 +347,27 @@ def apart(places: list[float], gap: float, low: float, high: float) -> list[floa
 
 def summary_png(title: str, bars: list[Bar], unit: str, routing: Matrix | None, removal: Matrix | None) -> bytes:
     """The run in one picture of 1600 × 900 pixels: methods, routing, removal."""
-    canvas = Canvas(800, 450, LIGHT)
-    lines = [line for line in wrap(title, 98)]
-    for place, line in enumerate(lines[:3]):
-        canvas.text(28, 34 + 19 * place, line, 13.5, bold=place == 0 and len(lines) == 1)
-    top = 126.0
+    canvas, top, bottom = Canvas(800, 450, LIGHT), 116.0, 426.0
+    for place, line in enumerate(textwrap.wrap(title, 96)[:3]):
+        canvas.text(28, 36 + 20 * place, line, 13.5)
     canvas.text(28, top, "Bits per byte", 12.5, bold=True)
     canvas.text(28, top + 17, unit, 9.5, "muted")
-    draw_bars(canvas, bars, 28, top + 38, 170, min(48.0, 268 / len(bars)), 10.5, max(bar.value for bar in bars))
-    panels = [("Who works on which text", "share of the router weight of each expert", routing)]
-    panels.append(("What removing an expert changes", "bits per byte, row: removed, column: text", removal))
+    pitch = min(56.0, (bottom - top - 32) / len(bars))
+    draw_bars(canvas, bars, 28, top + 40, 150, pitch, 10.5, max(bar.value for bar in bars))
+    panels = [("Which expert works on which text", "share of the router’s weight; row: text, column: expert", routing)]
+    panels.append(("What removing an expert changes", "bits per byte; row: removed, column: text", removal))
+    widths, heights = [60.0], [46.0]
+    for part in (routing, removal):
+        if part is not None:
+            widths.append((272 - part.label_width(9.5)) / len(part.columns))
+            heights.append((bottom - top - 30 - part.head_height(widths[-1], 9.5)) / len(part.rows))
+    wide, high = min(widths), min(heights)
     for place, (name, note, matrix) in enumerate(panels):
-        x = 228.0 + 278 * place
+        x = 206.0 + 288 * place
         canvas.text(x, top, name, 12.5, bold=True)
         canvas.text(x, top + 17, note, 9.5, "muted")
         if matrix is None:
             canvas.text(x, top + 48, "not evaluated", 11, "muted")
             continue
-        wide = min(44.0, (264 - matrix.label_width(9.5)) / len(matrix.columns))
-        high = min(36.0, (268 - matrix.head_height(wide, 9.5)) / max(1, len(matrix.rows)))
-        draw_matrix(canvas, matrix, x, top + 30, (wide, high), 9.5 if wide >= 27 else 7)
+        draw_matrix(canvas, matrix if wide >= 30 else replace(matrix, digits=None), x, top + 30, (wide, high), 9.5)
     return canvas.png(2)
-
-
-def wrap(text: str, length: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, length)

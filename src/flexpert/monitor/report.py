@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from flexpert.config.stages import ReportConfig
 from flexpert.errors import UserError
@@ -59,9 +58,9 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def count(value: float) -> str:
+def count(value: float, billion: str = "B") -> str:
     """1234567 → 1.23M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
@@ -75,8 +74,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.2f} MB" if num_bytes >= 10_000 else f"{num_bytes:,} B"
+def size_of(num_bytes: int) -> str:
+    """1234567 → 1.23 MB."""
+    text = count(num_bytes, billion="G")
+    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1]}B"
 
 
 class Report:
@@ -117,16 +118,19 @@ class Report:
         if self.evaluation is not None:
             tuned = any(part.kind == "tuned" for part in self.run.trainings)
             return findings.headline(self.evaluation, tuned)
-        done = [part.place for part in self.run.trainings if part.steps == part.planned_steps]
-        finished = f"finished: {', '.join(done)}" if done else "no training stage is finished"
-        return f"This run has no evaluation yet; {finished}."
+        done = sum(part.steps == part.planned_steps for part in self.run.trainings)
+        stages = f"{findings.number(done)} training stage{'s are' if done != 1 else ' is'} finished"
+        return f"This run has no evaluation yet: {stages}, and what the experts are worth is not known."
 
     def result(self) -> str:
         parts = [f'<p class="headline">{escape(self.headline())}</p>']
+        if self.evaluation is not None and (better := findings.better_methods(self.evaluation)):
+            parts.append(f"<p>{escape(better)}</p>")
         gates = findings.verdicts(self.evaluation, self.run.graph.get("gates") or {})
         if gates:
-            held = sum(gate.holds is True for gate in gates)
-            parts.append(f"<h3>{held} of {len(gates)} claims hold</h3>")
+            held, unchecked = (sum(gate.holds is state for gate in gates) for state in (True, None))
+            later = f", {unchecked} not checked" if unchecked else ""
+            parts.append(f"<h3>{held} of {len(gates)} claims hold{later}</h3>")
             items = []
             for gate in gates:
                 kind, mark, word = {
@@ -153,7 +157,7 @@ class Report:
             return self.absent("evaluation/evaluation.json is missing")
         domains = list(self.evaluation["domains"])
         parts = [
-            "<p>Bits per byte on held-out text: how many bits the model needs for each byte of it, lower is better.</p>",
+            "<p>Bits that a method needs for each byte of held-out text: lower is better.</p>",
             self.method_bars(domains),
             "<h3>Bits per byte</h3>",
             self.bits_table(domains),
@@ -161,12 +165,17 @@ class Report:
         if any(row.accuracy for row in self.rows):
             parts += ["<h3>Right answers</h3>", self.accuracy_table(domains)]
         notes = findings.shortcomings(self.evaluation)
-        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+        parts.append("<h3>Where Flexpert falls short</h3>")
+        if notes:
+            items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+            intro = "In brackets: the other’s bits per byte, Flexpert’s, and how much higher Flexpert’s is."
+            parts.append(f'<p class="note">{intro}</p><ul>{items}</ul>')
+        else:
+            parts.append("<p>By these numbers, nowhere.</p>")
         seed = (self.run.pipeline or {}).get("seed")
-        once = f"One run{'' if seed is None else f' with seed {seed}'}: no figure here has an error bar."
-        intro = "In brackets: the other’s bits per byte, Flexpert’s, and how much higher Flexpert’s is."
-        parts.append(f"<h3>What does not hold</h3><ul>{items}<li>{escape(once)}</li></ul>")
-        return "".join(parts) + (f'<p class="note">{intro}</p>' if notes else "")
+        once = f"One run{'' if seed is None else f' with seed {seed}'}: no number here has an error bar."
+        parts.append(f'<p class="note">{escape(once)}</p>')
+        return "".join(parts)
 
     def bars(self, domains: list[str]) -> list[Bar]:
         """Mean bits per byte of each method that was measured on all of `domains`; the mixture stands out."""
@@ -181,7 +190,7 @@ class Report:
     def method_bars(self, domains: list[str]) -> str:
         titles = {name: [name] for name in domains}
         if len(self.private) > 1:
-            titles = {"mean of the private domains": self.private, **titles}
+            titles = {"private mean": self.private, **titles}
         figures = []
         for place, (title, members) in enumerate(titles.items()):
             bars = self.bars(members)
@@ -228,11 +237,14 @@ class Report:
             "Bold: lowest of the column among methods that serve every domain at once. The dense fine-tunes are not "
             "among them: each column is another owner’s model, used only on its own domain."
         )
+        if has_private:
+            note += " Private mean: over the domains that have an expert."
         return scroll(table(head, body, "methods")) + f'<p class="note">{note}</p>'
 
     def accuracy_table(self, domains: list[str]) -> str:
         shown = [name for name in domains if any(name in row.accuracy for row in self.rows)]
-        best = {n: max((r.accuracy[n] for r in self.rows if r.comparable and n in r.accuracy), default=0) for n in shown}
+        fair = [row.accuracy for row in self.rows if row.comparable]
+        best = {name: max((cells[name] for cells in fair if name in cells), default=0.0) for name in shown}
         body = []
         for row in (row for row in self.rows if row.accuracy):
             cells = []
@@ -265,7 +277,7 @@ class Report:
             return self.absent("the evaluated model has no router")
         model = self.evaluation["methods"][MODEL]["domains"]
         layers = min(len(model[name]["routing"]["share_by_layer"]) for name in matrix.rows)
-        figure = matrix_figure(matrix, "routing", "Share of each expert in each domain", (58, 34), 12)
+        figure = matrix_figure(matrix, "routing", "Share of each expert in each domain", (66, 34), 12)
         tops = []
         for name in matrix.rows:
             top = model[name]["routing"]["top_expert_of_documents"]
@@ -284,7 +296,7 @@ class Report:
             f'<div class="pair">{scroll(figure)}'
             f"<div><h3>The expert with the largest share of a document</h3>"
             f"{scroll(table(['text', 'own expert', 'most often'], tops, 'tops'))}</div></div>"
-            f'<h3>Layer by layer</h3><div class="grid narrow">{"".join(small)}</div>'
+            f'<h3>Layer by layer</h3><div class="maps">{"".join(small)}</div>'
         )
 
     def removal_matrix(self, digits: int) -> Matrix | None:
@@ -294,7 +306,7 @@ class Report:
             return None
         domains = list(self.evaluation["domains"])
         values = [[row.get(name) for name in domains] for row in deltas.values()]
-        return Matrix(list(deltas), domains, values, self.roles, digits, signed=True)
+        return Matrix(list(deltas), domains, values, self.roles, digits=digits, signed=True)
 
     def removal(self) -> str:
         if self.evaluation is None:
@@ -332,7 +344,7 @@ class Report:
             figures.append(f"<figure><h4>{title}</h4>{figure}</figure>")
         return (
             "<p>Loss in nats per token. Thin line and band: training, mean and range of the steps that each point "
-            "stands for. Thick line: held-out text of the same domain. Dashed: held-out loss of the dense fine-tune.</p>"
+            "stands for. Thick line: held-out text of the same domain. Dashed: the dense fine-tune on that text.</p>"
             f'<div class="grid">{"".join(figures)}</div>'
         )
 
@@ -353,12 +365,12 @@ class Report:
         if shape is None:
             return self.absent("assembled/config.json is missing, so the model’s size is not known")
         dense = replace(shape, num_experts=0, active_experts=1).num_params()
-        text = (
-            f"The assembled model has <b>{count(shape.num_params())}</b> parameters, of which "
+        return (
+            f"<p>The assembled model has <b>{count(shape.num_params())}</b> parameters, of which "
             f"<b>{count(shape.num_active_params())}</b> work on each token ({shape.active_experts} of "
-            f"{shape.num_experts} experts). The public model has {count(dense)}, one expert {count(shape.num_ffn_params())}."
+            f"{shape.num_experts} experts). The public model has {count(dense)}, one expert "
+            f"{count(shape.num_ffn_params())}.</p>"
         )
-        return f"<p>{text}</p>"
 
     def stage_facts(self) -> str:
         body = []
@@ -369,14 +381,14 @@ class Report:
                 steps += f" of {part.planned_steps:,}"
             skipped = f" ({last['skipped_steps']} skipped)" if last["skipped_steps"] else ""
             loss = [DASH if (v := part.last(key)) is None else f"{v:.3f}" for key in ("loss", "valid_loss")]
-            speed = f"{count(last['tokens'] / part.seconds)}/s" if part.seconds else DASH
-            cells = [self.stage_name(part), steps + skipped, count(last["tokens"]), duration(part.seconds), speed, *loss]
-            body.append((part.place, cells))
+            speed = count(last["tokens"] / part.seconds) if part.seconds else DASH
+            cost = [count(last["tokens"]), duration(part.seconds), speed]
+            body.append((part.place, [self.stage_name(part), steps + skipped, *cost, *loss]))
         if not body:
             return ""
         total = duration(sum(part.seconds for part in self.run.trainings))
-        head = ["stage", "steps", "tokens", "time in steps", "speed", "last train loss", "last valid loss"]
-        note = f'<p class="note">{total} in optimiser steps, if one stage ran after the other.</p>'
+        head = ["stage", "steps", "tokens", "time", "tokens per second", "last train loss", "last valid loss"]
+        note = f'<p class="note">Time is that of the optimiser steps alone: {total} over all stages.</p>'
         return f"<h3>Training stages</h3>{scroll(table(head, body, 'stages'))}{note}"
 
     def data_facts(self) -> str:
@@ -385,11 +397,12 @@ class Report:
             cells = [self.swatch(name), escape(str(manifest.get("license") or "not stated"))]
             for split in ("train", "valid"):
                 part = manifest["splits"][split]
-                cells += [f"{part['documents']:,}", count(part["tokens"]), megabytes(part["bytes"])]
+                cells += [f"{part['documents']:,}", count(part["tokens"]), size_of(part["bytes"])]
             body.append((name, cells))
         if not body:
             return ""
-        head = ["data", "licence", "train documents", "tokens", "text", "valid documents", "tokens", "text"]
+        measures = [f"{split} {what}" for split in ("train", "held-out") for what in ("documents", "tokens", "text")]
+        head = ["data", "licence", *measures]
         return f"<h3>Data</h3>{scroll(table(head, body, 'data'))}"
 
     def expert_facts(self) -> str:
@@ -414,6 +427,7 @@ class Report:
         """report.png."""
         assert self.evaluation is not None
         domains = self.private or list(self.evaluation["domains"])
-        unit = "mean of the private domains, held out" if self.private else "mean of the domains, held out"
-        removal = self.removal_matrix(2)
-        return summary_png(self.headline(), self.bars(domains), unit, self.routing_matrix(None), removal)
+        unit = "mean of the private domains" if self.private else "mean of the domains"
+        matrices = (self.routing_matrix(None), self.removal_matrix(2))
+        routing, removal = (None if matrix is None else replace(matrix, label_length=11) for matrix in matrices)
+        return summary_png(self.headline(), self.bars(domains), unit, routing, removal)

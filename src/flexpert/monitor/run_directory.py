@@ -1,5 +1,7 @@
 """What a pipeline's run directory holds, read so that any part of it may be missing: a run may have been interrupted.
 
+Its layout:
+
     RUN/pipeline.yaml                                  the resolved config of the pipeline
     RUN/data/NAME/manifest.json                        one data set each
     RUN/public, experts/NAME, dense/NAME, tuned        one training each: metrics.jsonl, resolved.yaml
@@ -103,7 +105,7 @@ class RunDirectory:
         has_dense = self.graph.get("dense") is not None or any(part.kind == "dense" for part in self.trainings)
         absent = ["pipeline.yaml"] if self.pipeline is None else []
         absent += [f"data/{name}/manifest.json" for name in (PUBLIC, *self.owners) if name not in self.data]
-        stages = [("public", PUBLIC, "public")] if has_public_stage else []
+        stages: list[tuple[str, str | None, str]] = [("public", PUBLIC, "public")] if has_public_stage else []
         stages += [("expert", name, f"experts/{name}") for name in self.owners]
         stages += [("dense", name, f"dense/{name}") for name in self.owners] if has_dense else []
         stages += [("tuned", None, "tuned")] if self.graph.get("tune_router") is not None else []
@@ -137,7 +139,7 @@ def read_run(path: Path) -> RunDirectory:
         for name in in_order(subdirectories(path / "data"), [PUBLIC, *owners])
         if (path / "data" / name / "manifest.json").is_file()
     }
-    stages = [("public", PUBLIC, path / "public")]
+    stages: list[tuple[str, str | None, Path]] = [("public", PUBLIC, path / "public")]
     stages += [("expert", name, path / "experts" / name) for name in owners]
     stages += [("dense", name, path / "dense" / name) for name in owners]
     trainings = [read_training(*stage) for stage in [*stages, ("tuned", None, path / "tuned")]]

@@ -9,18 +9,27 @@ from typing import Any
 from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
 
-#: Config keys that W&B may see: numbers and choices. Paths, titles, prompts and anything new stay here.
-ALLOWED = ("model.", "optim.", "train.", "parallel.", "checkpoint.", "router.init", "router.bias", "seed", "name")
+#: Groups and keys whose numbers and switches W&B may see. Paths, titles, prompts and anything new stay here.
+ALLOWED_GROUPS = ("model.", "optim.", "train.", "parallel.", "checkpoint.")
+ALLOWED_KEYS = ("router.bias", "seed")
+#: Keys whose text it may see: choices and the expert's id.
+ALLOWED_TEXT = ("optim.schedule", "train.device", "router.init", "name")
+
+
+def is_allowed(key: str, value: Any) -> bool:
+    """Whether one {dotted key: value} may be uploaded."""
+    if isinstance(value, str):
+        return key in ALLOWED_TEXT and "/" not in value
+    if not (key in ALLOWED_KEYS or key.startswith(ALLOWED_GROUPS)):
+        return False
+    return all(
+        item is None or isinstance(item, (int, float)) for item in (value if isinstance(value, list) else [value])
+    )
 
 
 def allowed_config(flat: dict[str, Any]) -> dict[str, Any]:
     """The part of {dotted key: value} that may be uploaded."""
-    return {
-        key: value
-        for key, value in flat.items()
-        if any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in ALLOWED)
-        and not (isinstance(value, str) and "/" in value)
-    }
+    return {key: value for key, value in flat.items() if is_allowed(key, value)}
 
 
 def wandb_mode(config: MonitorConfig) -> str:
@@ -54,12 +63,14 @@ class WandbRun:
         os.environ.setdefault("WANDB_SILENT", "true")
         settings = wandb.Settings(
             console="off",
+            host="-",  # left out, it is this machine's name
             disable_git=True,
             disable_code=True,
             disable_job_creation=True,
             x_disable_meta=True,
             x_disable_machine_info=True,
             x_disable_stats=True,
+            x_save_requirements=False,
             silent=True,
         )
         identity = run_id(output, repr(sorted(allowed_config(flat).items())))

@@ -80,7 +80,7 @@ def job_config(base: ModelConfig, bias: bool) -> ModelConfig:
 
 
 def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) -> Transformer:
-    """The two-expert model: everything from the public model, the second FFN a copy of the first, rows as configured."""
+    """The two-expert model: all of the public model, the second FFN a copy of the first, rows as configured."""
     public = load_model(base.path, device=device)[0]
     start = router_start(public, config.router, Path(config.data.dir), config.train.sequence_length, config.seed)
     del public

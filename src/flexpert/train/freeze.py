@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from flexpert.checkpoint.digest import TensorDigest, digest_of, digest_tensor
+from flexpert.assembly.tensors import TensorDigest
+from flexpert.checkpoint.digest import digest_of, digest_tensor
 from flexpert.checkpoint.huggingface import Slot
 from flexpert.model.transformer import Transformer
 
@@ -34,6 +35,6 @@ def frozen_digest(model: Transformer, slots: list[Slot], dtype: torch.dtype, tok
     digests: dict[str, TensorDigest] = {}
     for slot in slots:
         value = parameters[slot.parameter].detach()
-        value = value[slot.index] if slot.index else value
+        value = value[slot.place] if slot.place else value
         digests[slot.source] = digest_tensor(value.to("cpu", dtype).contiguous())
     return digest_of(digests, tokenizer)

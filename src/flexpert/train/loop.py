@@ -117,10 +117,10 @@ class Trainer:
         lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
         sequences = self.windows.sequences(self.step * train.batch_sequences, train.batch_sequences)
         sums = torch.zeros(3, device=self.device)
-        for microbatch in sequences.split(train.microbatch):
-            losses = self.losses(microbatch)
+        for start in range(0, len(sequences), train.microbatch):
+            losses = self.losses(sequences[start : start + train.microbatch])
             total = losses.nll + train.z_loss * losses.z + train.router_z_loss * losses.router_z
-            (total / train.batch_tokens).backward()
+            torch.autograd.backward(total / train.batch_tokens)
             sums += torch.stack([part.detach() for part in losses])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         max_norm = config.optim.grad_clip if config.optim.grad_clip is not None else float("inf")

@@ -1,0 +1,70 @@
+"""`flexpert tune_router`: train the router rows of an assembled model, and nothing else (FlexOlmo, router tuning).
+
+Every row moves with the data of every domain in the mix, so an expert that is removed afterwards has left a trace in
+the others' rows: `assembly.json` says `"tuned": true` from then on. For a removal without a trace, remove from the
+model as it was assembled and tune again without the removed domain.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flexpert.assembly.assemble import ROUTER_FILE, write_routers
+from flexpert.assembly.record import read_assembly, write_assembly
+from flexpert.checkpoint.digest import dtype_name, tensor_bytes
+from flexpert.checkpoint.huggingface import load_model
+from flexpert.checkpoint.store import atomic_directory
+from flexpert.config.stages import TuneRouterConfig
+from flexpert.data.dataset import read_manifest
+from flexpert.model.transformer import Transformer
+from flexpert.stage import claim_directory, set_up_process
+from flexpert.train.freeze import cast_frozen, train_only
+from flexpert.train.loop import Trainer
+from flexpert.train.pretrain import check_lengths, check_tokenizer
+
+
+def run(config: TuneRouterConfig, resolved: str) -> None:
+    """Train on `data.dir`, a mix of public text and of text like each owner's, and write `output_dir/model`.
+
+    Raises:
+        UserError: the model is not one that `assemble` wrote, or data and model have different tokenizers.
+    """
+    source, output = Path(config.model), Path(config.output_dir)
+    read_assembly(source)
+    manifest = read_manifest(Path(config.data.dir))
+    check_tokenizer(source, manifest)
+    device = set_up_process(config.train.device, config.parallel.threads)
+    model, directory = load_model(source, active_experts=config.active_experts, device=device)
+    check_lengths(config.train.sequence_length, model.config.max_sequence_length)
+    claim_directory(output, resolved, config.resume)
+    if (output / "model").exists():
+        print(f"{output / 'model'} is complete")
+        return
+    train_only(model, lambda name: ".router.weight." in name)
+    if device.type == "cuda":
+        cast_frozen(model, torch.bfloat16)
+    Trainer(model, config, "tune_router", manifest, device, resolved).run()
+    write_tuned(model, source, output / "model", directory.dtype)
+    print(output / "model")
+
+
+def write_tuned(model: Transformer, source: Path, output: Path, dtype: torch.dtype) -> None:
+    """Copy the model, with the routers that are in memory."""
+    parameters = dict(model.named_parameters())
+    record = read_assembly(source)
+
+    def rows(layer: int, part: str) -> list[bytes]:
+        value = parameters[f"blocks.{layer}.feed_forward.router.{part}.0"].detach().to("cpu", dtype)
+        return [bytes(tensor_bytes(row)) for row in value]
+
+    layers = range(model.config.num_layers)
+    weights = [rows(layer, "weight") for layer in layers]
+    biases = [rows(layer, "bias") for layer in layers] if record.biased else None
+    with atomic_directory(output) as target:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name != ROUTER_FILE:
+                shutil.copyfile(path, target / path.name)
+        router = write_routers(target, dtype_name(torch.empty(0, dtype=dtype)), weights, biases)
+        write_assembly(target, replace(record, router=router.entry, tuned=True))

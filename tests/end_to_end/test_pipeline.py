@@ -1,0 +1,137 @@
+"""The whole graph in real processes: from text to report, stopped and started again."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flexpert.config.compose import compose
+from flexpert.launch.graph import Records, build_graph
+from flexpert.records import read_record
+
+pytestmark = pytest.mark.slow
+
+
+def start(output: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flexpert", "pipeline", "pipeline=smoke", f"output_dir={output}", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(output: Path, *overrides: str) -> tuple[int, str]:
+    process = start(output, *overrides)
+    text = process.communicate(timeout=300)[0]
+    return process.returncode, text
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped while its experts trained, and started again. The path has what paths have in the wild."""
+    output = tmp_path_factory.mktemp("run") / "smoke a=(1)"
+    process = start(output)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "experts/math: started" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not [
+        line for line in subprocess.check_output(["ps", "axo", "args"], text=True).split("\n") if str(output) in line
+    ]
+    assert not (output / "assembled").exists()
+    status, text = run(output)
+    assert status == 0, text
+    assert "data/math: complete" in text and "public: complete" in text
+    return output
+
+
+def test_the_layout_is_the_documented_one(smoke: Path) -> None:
+    for path in (
+        "data/public/train.bin", "data/math/manifest.json", "public/model/model.safetensors",
+        "experts/news/contribution/contribution.json", "experts/news/metrics.jsonl", "experts/news/resolved.yaml",
+        "dense/math/model/config.json", "assembled/assembly.json", "assembled/expert-math.safetensors",
+        "evaluation/evaluation.json", "report.html", "pipeline.yaml", "logs/public.log",
+    ):  # fmt: skip
+        assert (smoke / path).is_file(), path
+    assert list((smoke / "experts/math/wandb").glob("offline-run-*"))
+
+
+def test_the_evaluation_covers_every_method(smoke: Path) -> None:
+    record = read_record(smoke / "evaluation/evaluation.json", "flexpert.evaluation")
+    expected = {
+        "model",
+        "without math",
+        "without news",
+        "active 1",
+        "public",
+        "dense math",
+        "dense news",
+        "soup",
+        "btm",
+    }
+    assert record["methods"].keys() == expected
+    assert record["domains"].keys() == {"public", "math", "news"}
+    for method in record["methods"].values():
+        assert all(0 < domain["bits_per_byte"] < 8 for domain in method["domains"].values())
+    assert record["methods"]["model"]["active_experts"] == 3
+    assert record["methods"]["without math"]["active_experts"] == 2
+
+
+def test_started_again_it_does_nothing(smoke: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
+    status, text = run(smoke)
+    assert status == 0 and "started" not in text
+    after = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed <= {"pipeline.yaml"} and before.keys() == after.keys()
+
+
+def test_what_was_deleted_is_made_again_and_equal(smoke: Path) -> None:
+    (smoke / "evaluation/evaluation.json").rename(smoke / "before.json")
+    status, text = run(smoke)
+    assert status == 0, text
+    assert re.findall(r"(\S+): started", text) == ["evaluation"]
+    assert (smoke / "evaluation/evaluation.json").read_bytes() == (smoke / "before.json").read_bytes()
+
+
+def test_what_was_altered_or_made_otherwise_is_named(smoke: Path) -> None:
+    status, text = run(smoke, "seed=1")
+    assert status == 2 and "data/public was made with other overrides" in text
+    path = smoke / "data/math/valid.bin"
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    status, text = run(smoke)
+    path.write_bytes(content)
+    assert status == 2 and "data/math was altered after it was made" in text
+
+
+def test_a_failed_expert_is_told_and_the_others_finish(tmp_path: Path) -> None:
+    bad = "pipeline.experts={math:[data=demo_math],news:[data=demo_news,data.documents=demo:nothing]}"
+    status, text = run(tmp_path / "run", bad, "pipeline.dense=null")
+    assert status == 2
+    assert "data/news failed" in text and "there is no demo corpus 'nothing'" in text
+    assert (tmp_path / "run/experts/math/contribution/contribution.json").is_file()
+    assert not (tmp_path / "run/assembled").exists()
+
+
+def test_gates_that_do_not_hold_fail_the_pipeline(smoke: Path) -> None:
+    status, text = run(smoke, "pipeline.gates={gain_over_soup:100}")
+    assert status == 1 and "DOES NOT HOLD" in text
+    status, text = run(smoke, "pipeline.gates={gain_over_soup:-100}")
+    assert status == 0 and "holds" in text
+
+
+def test_every_node_comes_after_what_it_needs() -> None:
+    nodes = build_graph(compose("pipeline", ["pipeline=demo"])[0])
+    seen: set[str] = set()
+    for node in nodes:
+        assert seen.issuperset(node.needs), node.name
+        seen.add(node.name)
+    assert len({Records(Path("run")).path(node) for node in nodes}) == len(nodes)
+    assert os.path.commonpath([str(node.output) for node in nodes]) == "runs/demo"
