@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-APT := chromium chromium-driver
+APT := chromium chromium-driver zsh
 
 .PHONY: demo test test-fast lint apt clean
 
@@ -31,12 +31,13 @@ $(STAMP): setup.py
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
-# The report's test opens it in a browser. Where packages cannot be installed, that test says how and is skipped.
+# The report's test opens it in a browser, the overrides' test types them into zsh. Where packages cannot be installed,
+# these tests say how and are skipped.
 apt:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null && command -v zsh >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT) >/dev/null; \
-	else echo "note: install $(APT) to run the report's browser test"; fi
+	else echo "note: install $(APT) to run the tests that need them"; fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs/demo runs/smoke

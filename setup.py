@@ -38,6 +38,7 @@ setup(
         "numpy>=1.26,<2.4",
         "omegaconf>=2.3,<2.4",
         "pyarrow>=17",
+        "pyyaml>=6,<7",
         "rich>=13,<16",
         "safetensors>=0.5,<1",
         "tokenizers>=0.22,<0.24",

@@ -1,6 +1,7 @@
 """The `flexpert` command: `flexpert STAGE key=value …`. Heavy imports wait until a stage is known."""
 
 import importlib
+import os
 import sys
 
 from flexpert import __version__
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `flexpert … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("flexpert: interrupted", file=sys.stderr)
         sys.exit(130)

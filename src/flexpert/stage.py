@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from flexpert.errors import UserError
 
@@ -20,8 +20,9 @@ def comparable(resolved: str) -> dict[str, Any]:
             return {prefix.removesuffix("."): node}
         return {key: leaf for name, value in node.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
 
-    content = OmegaConf.to_container(OmegaConf.create(resolved))
-    return {key: value for key, value in flatten(content, "").items() if key.split(".")[0] not in FREE_KEYS}
+    return {
+        key: value for key, value in flatten(yaml.safe_load(resolved), "").items() if key.split(".")[0] not in FREE_KEYS
+    }
 
 
 def claim_directory(output: Path, resolved: str, resume: str) -> None:

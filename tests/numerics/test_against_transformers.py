@@ -6,9 +6,18 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from transformers import FlexOlmoConfig, FlexOlmoForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+)
 
-from flexpert.checkpoint.huggingface import load_model, tensor_map
+from flexpert.checkpoint.huggingface import load_model, save_model, tensor_map
+from flexpert.data.tokenizer import load_tokenizer
+from flexpert.model.generate import generate
 from flexpert.model.loss import chunked_nll
 from flexpert.model.transformer import Transformer
 
@@ -116,3 +125,38 @@ def test_every_tensor_is_read_into_its_place(kind: str, tmp_path: Path) -> None:
         value = parameters[slot.parameter][slot.place] if slot.place else parameters[slot.parameter]
         assert torch.equal(value, marked.pop(slot.source)), slot
     assert not marked
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 5000])
+@pytest.mark.parametrize("kind", ["dense", "dense, grouped queries", "3 of 5", "1 of 1"])
+def test_a_round_trip_keeps_every_bit(kind: str, shard_bytes: int, road: Path, tmp_path: Path) -> None:
+    """transformers → ours → transformers, from one file and from many to one and to many."""
+    theirs = make(kind, tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
+    assert (tmp_path / "sharded/model.safetensors.index.json").is_file()
+    tokenizer = load_tokenizer(road / "data/public/tokenizer")
+    for source in ("theirs", "sharded"):
+        output = tmp_path / f"{source} again"
+        output.mkdir()
+        save_model(load_model(tmp_path / source)[0], output, tokenizer, torch.float32, shard_bytes)
+        again, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+        assert type(again) is type(theirs)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        wanted, found = theirs.state_dict(), again.state_dict()
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+
+
+def test_generation_with_a_cache_equals_generation_without(tmp_path: Path) -> None:
+    make("3 of 5", tmp_path)
+    model = load_model(tmp_path)[0]
+    prompt = torch.randint(1, 101, (2, 9), generator=torch.Generator().manual_seed(3))
+    found = generate(model, prompt, max_new_tokens=20, eos_id=-1)
+    tokens = prompt
+    for _ in range(20):
+        tokens = torch.cat([tokens, model.logits(tokens)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, tokens[:, 9:])
+    drawn = [generate(model, prompt, 20, -1, temperature=1.0, top_k=5, top_p=0.9, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(generate(model, prompt, 20, -1, temperature=1.0, top_k=1), found)
+    assert torch.equal(generate(model, prompt, 20, -1, temperature=1.0, top_p=1e-6), found)

@@ -51,7 +51,13 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
         overrides = [*SHAPE, f"data.dir={road}/data/public", accumulation]
         result = "model/model.safetensors"
     else:
-        overrides = [*expert_overrides, accumulation, "router.bias=true", "router.init=discriminant"]
+        overrides = [
+            *expert_overrides,
+            accumulation,
+            "router.bias=true",
+            "router.init=discriminant",
+            "router.calibration_steps=3",
+        ]
         result = "contribution/expert.safetensors"
     train(stage, *overrides, f"output_dir={tmp_path}/whole")
     for step in (2, 4):  # as a run that was killed after this step left it, in the middle of writing a line
@@ -60,6 +66,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
         resolved = (stopped / "resolved.yaml").read_text().replace(f"{tmp_path}/whole", str(stopped))
         (stopped / "resolved.yaml").write_text(resolved)
         shutil.rmtree((stopped / result).parent)
+        shutil.rmtree(stopped / "calibration", ignore_errors=True)
         for later in distributed.steps(stopped / "checkpoints"):
             if later > step:
                 shutil.rmtree(stopped / f"checkpoints/step-{later:09d}")
@@ -150,7 +157,7 @@ def test_the_contribution_names_the_base_that_was_frozen(
     train("expert", *expert_overrides, f"output_dir={tmp_path}/run")
     record = json.loads((tmp_path / "run/contribution/contribution.json").read_text())
     assert record["base_digest"] == base_digest(road / "public/model")
-    assert record["training"] == {"steps": 6, "tokens": 6 * 128}
+    assert record["training"] == {"steps": 6, "tokens": 6 * 128, "calibration_steps": 0}
 
 
 def test_a_frozen_tensor_that_moved_is_found(expert_overrides: list[str], tmp_path: Path) -> None:
@@ -190,3 +197,14 @@ def test_attention_within_documents_sees_no_other_document(road: Path) -> None:
     assert (joined[:, :4] - model(first).stream_BSD).abs().max() <= 1e-5
     assert (joined[:, 4:] - model(second).stream_BSD).abs().max() <= 1e-5  # rotary positions are relative
     assert (model(both).stream_BSD[:, 4:] - joined[:, 4:]).abs().max() > 1e-3
+
+
+def test_calibration_moves_the_row_and_bias_alone(expert_overrides: list[str], tmp_path: Path) -> None:
+    biased = [*expert_overrides, "router.bias=true", "router.init=discriminant"]
+    train("expert", *biased, f"output_dir={tmp_path}/plain")
+    train("expert", *biased, "router.calibration_steps=4", f"output_dir={tmp_path}/calibrated")
+    plain, calibrated = (weights(tmp_path / run / "contribution/expert.safetensors") for run in ("plain", "calibrated"))
+    for name, value in plain.items():
+        if not name.endswith("router.bias"):  # stored as it acts: one that would be positive is 0 before and after
+            assert torch.equal(value, calibrated[name]) == (".router." not in name), name
+    assert [row["step"] for row in read_metrics(tmp_path / "calibrated/calibration/metrics.jsonl")] == [1, 2, 3, 4]

@@ -24,5 +24,7 @@ def run_remove(config: RemoveConfig, resolved: str) -> None:
     output = Path(config.output_dir)
     record = remove(Path(config.model), config.experts, output, record_removed=config.record_removed)
     if record.tuned:
-        print("note: the other experts' router rows were tuned on text of all; tune again without it for a full removal")
+        print(
+            "note: the other experts' router rows were tuned on text of all; tune again without it for a full removal"
+        )
     print(output)

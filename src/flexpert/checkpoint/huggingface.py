@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flexpert.assembly.base import assembled_config
 from flexpert.assembly.record import select_experts
 from flexpert.assembly.tensors import TensorSource, write_tensors
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
@@ -129,8 +130,11 @@ class ModelDirectory:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the stored embedding; the files hold one type throughout."""
-        with safe_open(self.files["model.embed_tokens.weight"], framework="pt") as file:
-            return file.get_slice("model.embed_tokens.weight")[:1].dtype  # type: ignore[no-any-return]
+        name = "model.embed_tokens.weight"
+        if name not in self.files:
+            raise UserError(f"{self.path} has no tensor {name}")
+        with open_shard(self.files[name]) as file:
+            return file.get_slice(name)[:1].dtype  # type: ignore[no-any-return]
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
@@ -311,35 +315,41 @@ def tensor_source(name: str, parameter: Tensor, dtype: torch.dtype) -> TensorSou
 
 
 @torch.no_grad()
-def save_dense(
+def save_model(
     model: Transformer, directory: Path, tokenizer: Tokenizer, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write a dense model as an `Olmo2ForCausalLM` directory, shard by shard. `directory` must exist."""
+    """Write a model as a Hugging Face directory, shard by shard; `directory` must exist.
+
+    A mixture must hold its experts in one group. `flexpert assemble` writes mixtures from files alone, with one file
+    per expert; this is for models that only memory holds.
+    """
     config = model.config
-    assert config.num_experts == 0, "mixtures are written by `flexpert assemble`"
     parameters = dict(model.named_parameters())
-    slots = tensor_map(config)
-    assert sorted(slot.parameter for slot in slots) == sorted(parameters)
-    shards: list[list[Slot]] = [[]]
-    size = total = 0
-    for slot in slots:
-        nbytes = parameters[slot.parameter].numel() * dtype.itemsize
+    values = {}
+    for slot in tensor_map(config):
+        values[slot.source] = parameters[slot.parameter][slot.place] if slot.place else parameters[slot.parameter]
+    assert sum(value.numel() for value in values.values()) == sum(p.numel() for p in parameters.values())
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in values.items():
+        nbytes = value.numel() * dtype.itemsize
         if shards[-1] and size + nbytes > shard_bytes:
-            shards.append([])
+            shards.append({})
             size = 0
-        shards[-1].append(slot)
+        shards[-1][name] = value
         size += nbytes
-        total += nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(
-            directory / name, (tensor_source(slot.source, parameters[slot.parameter], dtype) for slot in shard)
-        )
-        weight_map |= dict.fromkeys((slot.source for slot in shard), name)
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(directory / file, (tensor_source(name, value, dtype) for name, value in shard.items()))
+        weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
+        total = sum(value.numel() for value in values.values()) * dtype.itemsize
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(directory / "config.json", olmo2_config(config, tokenizer, dtype))
+    content = olmo2_config(config, tokenizer, dtype)
+    if config.num_experts:
+        content = assembled_config(content, config.num_experts, config.active_experts, config.router_bias)
+    write_json(directory / "config.json", content)
     write_json(
         directory / "generation_config.json",
         {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "do_sample": False},

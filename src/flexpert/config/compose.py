@@ -9,6 +9,7 @@ means nothing.
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import types
 import typing
@@ -19,7 +20,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
@@ -44,12 +46,10 @@ def groups_of(stage: str) -> list[str]:
     return [str(name) for entry in defaults if OmegaConf.is_dict(entry) for name in entry]
 
 
-def register_schema() -> None:
-    """Make the dataclasses known to Hydra; nothing from the environment can enter a config."""
-    store = ConfigStore.instance()
-    for stage, schema in STAGE_CONFIGS.items():
-        store.store(name=f"{stage}_schema", node=schema)
-    OmegaConf.clear_resolver("oc.env")
+@functools.cache
+def register_schema(stage: str) -> None:
+    """Make the stage's dataclass known to Hydra."""
+    ConfigStore.instance().store(name=f"{stage}_schema", node=STAGE_CONFIGS[stage])
 
 
 def unwrap_optional(hint: Any) -> Any:
@@ -74,6 +74,12 @@ def all_keys(schema: type, prefix: str = "") -> list[tuple[str, Any, "dataclasse
         else:
             keys.append((prefix + field.name, hints[field.name], field))
     return keys
+
+
+@functools.cache
+def leaves_of(stage: str) -> dict[str, tuple[Any, "dataclasses.Field[Any]"]]:
+    """(type, field) of every key of a stage by its dotted name."""
+    return {key: (hint, field) for key, hint, field in all_keys(STAGE_CONFIGS[stage])}
 
 
 def split_items(text: str, opening: str = "[{(", closing: str = "]})") -> list[str]:
@@ -158,6 +164,15 @@ class TextOverride(NamedTuple):
     literal: bool = False
 
 
+def whole_number(text: str) -> str:
+    """`50e9` as the integer that it is; anything else as typed."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() and not text.lstrip("+-").isdecimal() else text
+
+
 def parse_override(override: str, stage: str) -> str | TextOverride:
     """One override as typed: for Hydra, or to be set past it.
 
@@ -168,14 +183,14 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
     if not equals:
         raise UserError(f"'{override}' is not an override: write key=value (see `flexpert {stage} --help`)")
     name = key.lstrip("+")
-    leaves = {leaf: (hint, field) for leaf, hint, field in all_keys(STAGE_CONFIGS[stage])}
+    leaves = leaves_of(stage)
     if name in leaves:
         hint, field = leaves[name]
         if field.metadata.get("literal"):
             return TextOverride(name, value, literal=True)
         if is_text(hint):
             return TextOverride(name, parse_text(value, hint))
-        return f"{name}={value}"
+        return f"{name}={whole_number(value) if hint is int else value}"
     for parent, (hint, _) in leaves.items():
         if typing.get_origin(hint) is dict and name.startswith(f"{parent}."):
             item, item_hint = name.removeprefix(f"{parent}."), typing.get_args(hint)[1]
@@ -193,10 +208,12 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
 
 def one_line(error: Exception) -> str:
     """The first informative line of a Hydra or OmegaConf error, with the full key where it has one."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: write a number, true, false or null, and several as [A,B]"
+    if isinstance(error, HydraException) and isinstance(error.__cause__, Exception):
+        return one_line(error.__cause__)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        return one_line(error.__cause__) if isinstance(error.__cause__, Exception) else lines[0]
     return f"{key}: {lines[0]}" if key else lines[0]
 
 
@@ -226,12 +243,16 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
     Raises:
         UserError: unknown key or group option, wrong type, a mandatory key not given, values that cannot work together.
     """
-    register_schema()
+    register_schema(stage)
+    OmegaConf.clear_resolver("oc.env")  # nothing from the environment can enter a config
     parsed = [parse_override(override, stage) for override in overrides]
     for_hydra = [override for override in parsed if isinstance(override, str)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("flexpert.conf", version_base="1.3"):
+            for understood in OverridesParser.create().parse_overrides(for_hydra):
+                if understood.is_sweep_override():
+                    raise OverrideParseException(str(understood.input_line), "it stands for several runs")
             node = hydra_compose(config_name=stage, overrides=for_hydra)
         texts = [override for override in parsed if isinstance(override, TextOverride)]
         for key, value, merge, _ in (override for override in texts if not override.literal):
@@ -255,14 +276,14 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
 
 def describe(stage: str) -> str:
     """The help of a stage: every key with its default and meaning."""
-    register_schema()
+    register_schema(stage)
     GlobalHydra.instance().clear()
     with initialize_config_module("flexpert.conf", version_base="1.3"):
         node = hydra_compose(config_name=stage)
     schema, defaults = STAGE_CONFIGS[stage], OmegaConf.to_container(node)
     lines = [(schema.__doc__ or "").strip(), "", f"usage: flexpert {stage} key=value …", ""]
     lines += [f"  {group}=NAME   one of {', '.join(group_options(group))}" for group in groups_of(stage)]
-    for key, _, field in all_keys(schema):
+    for key, (_, field) in leaves_of(stage).items():
         value: Any = defaults
         for name in key.split("."):
             value = value[name]

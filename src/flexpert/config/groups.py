@@ -277,10 +277,22 @@ class RouterConfig(Lockable):
     public_data: str | None = opt(None, "public data set to contrast with; needed by mean, unit_mean, discriminant")
     documents: int = opt(1000, "documents that the statistics are taken from, own and public each")
     bias: bool = opt(False, "train a bias, at most 0; the assembled model then needs Flexpert to load it")
+    calibration_steps: int = opt(
+        0, "steps after training in which row and bias alone are fitted, on own text mixed with public text"
+    )
+    calibration_public_share: float = opt(0.25, "share of public sequences in those steps")
+    calibration_lr: float = opt(2e-2, "peak learning rate of those steps; falls linearly to 0")
 
     def check(self) -> None:
         check_choice("router.init", self.init, ("mean", "unit_mean", "discriminant", "random"))
-        check_positive("router", self, "documents")
+        check_positive("router", self, "documents", "calibration_lr")
+        share = self.calibration_public_share
+        require(0 < share < 1, f"router.calibration_public_share={share} must lie between 0 and 1")
+        require(self.calibration_steps >= 0, f"router.calibration_steps={self.calibration_steps} must not be negative")
+        require(
+            self.calibration_steps == 0 or self.public_data is not None,
+            "router.calibration_steps needs router.public_data=DIR, public text to calibrate on",
+        )
         is_vector = self.embedding.endswith(".npy")
         if self.init == "discriminant":
             require(self.embedding == "stream", "router.init=discriminant needs router.embedding=stream")

@@ -101,6 +101,28 @@ class TokenWindows:
         return torch.from_numpy(rows)
 
 
+class MixedWindows:
+    """Sequences of two sources, each in its own order, the second's evenly spread among the first's.
+
+    Of the first i positions, floor(i · share) come from `second`: which is a function of the position alone.
+    """
+
+    def __init__(self, first: TokenWindows, second: TokenWindows, share: float) -> None:
+        assert first.length == second.length
+        self.first, self.second, self.share, self.length = first, second, share, first.length
+
+    def sequences(self, start: int, count: int) -> Tensor:
+        """As `TokenWindows.sequences`."""
+        before = np.floor(np.arange(start, start + count + 1) * self.share).astype(np.int64)
+        from_second = torch.from_numpy(np.diff(before) == 1)
+        taken = int(before[0])
+        num_second = int(from_second.sum())
+        rows = torch.empty(count, self.length + 1, dtype=torch.long)
+        rows[from_second] = self.second.sequences(taken, num_second)
+        rows[~from_second] = self.first.sequences(start - taken, count - num_second)
+        return rows
+
+
 def document_ids(tokens_BS: Tensor, eos_id: int) -> Tensor:
     """Number each window's documents, [B, S]: a document begins after an end-of-text token."""
     ended = (tokens_BS == eos_id).long()

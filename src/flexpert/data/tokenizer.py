@@ -33,7 +33,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        """One more than the largest id; the ids may have holes."""
+        return int(max(self.backend.get_vocab(with_added_tokens=True).values())) + 1
 
     def encode(self, text: str) -> list[int]:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -66,6 +67,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"{path} cannot be read: {error}") from None
     backend.no_truncation()
     backend.no_padding()
+    # A document that spells out <|endoftext|> is text about it, not the end of a document.
+    backend.encode_special_tokens = True
     settings = read_json(directory / "tokenizer_config.json")
 
     def token_id(key: str) -> int | None:

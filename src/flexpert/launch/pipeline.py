@@ -23,6 +23,10 @@ def run(config: PipelineConfig, resolved: str) -> None:
     for name in config.pipeline.experts:
         if EXPERT_ID.fullmatch(name) is None or name == "public":
             raise UserError(f"pipeline.experts.{name}: an id is a-z, then a-z, 0-9 and '-', and not 'public'")
+    if '"' in config.output_dir:
+        raise UserError(
+            f"output_dir={config.output_dir} holds a double quote, which the stages' overrides cannot carry"
+        )
     run_directory = Path(config.output_dir)
     run_directory.mkdir(parents=True, exist_ok=True)
     (run_directory / "pipeline.yaml").write_text(resolved, encoding="utf-8")

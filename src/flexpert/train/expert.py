@@ -17,7 +17,7 @@ from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import ExpertConfig
 from flexpert.contribution.pack import pack
 from flexpert.contribution.record import ExpertIdentity
-from flexpert.data.dataset import read_manifest
+from flexpert.data.dataset import DataManifest, MixedWindows, TokenWindows, read_manifest
 from flexpert.data.embed import RouterStart, router_start
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
@@ -39,6 +39,8 @@ def run(config: ExpertConfig, resolved: str) -> None:
     base = ModelDirectory.open(Path(config.base))
     if base.experts:
         raise UserError(f"base={config.base} is a mixture; an expert is trained against a dense public model")
+    if base.dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(f"base={config.base} is stored as {base.dtype}; convert it to bfloat16 or float32 first")
     check_lengths(config.train.sequence_length, base.config.max_sequence_length)
     manifest = read_manifest(Path(config.data.dir))
     check_tokenizer(base.path, manifest)
@@ -56,6 +58,8 @@ def run(config: ExpertConfig, resolved: str) -> None:
     model = build_job(base, config, device)
     trainer = Trainer(model, config, "expert", manifest, device, resolved)
     trainer.run()
+    if config.router.calibration_steps:
+        calibrate(model, config, manifest, device, resolved)
     frozen = job_tensor_map(model.config, expert=False)
     if frozen_digest(model, frozen, base.dtype, tokenizer_digest(base.path)) != digest:
         raise AssertionError("a frozen tensor changed during training: the contribution is not written")
@@ -70,9 +74,37 @@ def run(config: ExpertConfig, resolved: str) -> None:
             "intermediate_size": base.config.intermediate_size,
         },
         router={"bias": config.router.bias, "init": config.router.init},
-        training={"steps": trainer.num_steps, "tokens": trainer.num_steps * config.train.batch_tokens},
+        training={
+            "steps": trainer.num_steps,
+            "tokens": trainer.num_steps * config.train.batch_tokens,
+            "calibration_steps": config.router.calibration_steps,
+        },
     )
     print(contribution)
+
+
+def calibrate(
+    model: Transformer, config: ExpertConfig, manifest: DataManifest, device: torch.device, resolved: str
+) -> None:
+    """Fit the owner's row and bias alone, on own text mixed with public text.
+
+    Trained on own text only, a row learns to claim everything. A few steps in which public text pulls it back need no
+    other owner's data and take most of the assembled model's harm on public text away.
+    """
+    assert config.router.public_data is not None
+    train = replace(config.train, steps=config.router.calibration_steps, tokens=None, evaluation_interval=None)
+    optim = replace(
+        config.optim, lr=config.router.calibration_lr, router_lr=None, schedule="linear", warmup_steps=0,
+        final_lr_ratio=0.0, horizon_steps=None,
+    )  # fmt: skip
+    output = Path(config.output_dir) / "calibration"
+    output.mkdir(exist_ok=True)
+    sources = (manifest.directory, Path(config.router.public_data))
+    own, public = (TokenWindows(source, "train", train.sequence_length, config.seed) for source in sources)
+    windows = MixedWindows(own, public, config.router.calibration_public_share)
+    train_only(model, lambda name: name.endswith((".router.weight.1", ".router.bias.1")))
+    short = replace(config, train=train, optim=optim, output_dir=str(output))
+    Trainer(model, short, "calibrate", manifest, device, resolved, windows).run()
 
 
 def job_config(base: ModelConfig, bias: bool) -> ModelConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexpert.checkpoint import distributed
 from flexpert.config.stages import TrainingStage
-from flexpert.data.dataset import DataManifest, TokenWindows, document_ids
+from flexpert.data.dataset import DataManifest, MixedWindows, TokenWindows, document_ids
 from flexpert.model.loss import chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.train.callbacks import Callback, Checkpoints, Records, ValidLoss
@@ -45,6 +45,7 @@ class Trainer:
         manifest: the data set that `config.data.dir` names.
         device: where to compute; bf16 autocast on CUDA, fp32 on the CPU.
         resolved: the resolved config, for the records.
+        windows: sequences to train on; None: those of the manifest's train split.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class Trainer:
         manifest: DataManifest,
         device: torch.device,
         resolved: str,
+        windows: TokenWindows | MixedWindows | None = None,
     ) -> None:
         self.model, self.config, self.manifest, self.device = model, config, manifest, device
         self.output = Path(config.output_dir)
         self.num_steps = config.train.num_steps
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.optimizer = build_optimizer(model, config.optim)
-        self.windows = TokenWindows(manifest.directory, "train", config.train.sequence_length, config.seed)
+        self.windows = windows or TokenWindows(manifest.directory, "train", config.train.sequence_length, config.seed)
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
         if config.train.evaluation_interval is not None:

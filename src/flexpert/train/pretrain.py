@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flexpert.checkpoint.digest import tokenizer_digest
-from flexpert.checkpoint.huggingface import ModelDirectory, load_model, save_dense
+from flexpert.checkpoint.huggingface import ModelDirectory, load_model, save_model
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.config.stages import PretrainConfig
 from flexpert.data.dataset import DataManifest, read_manifest
@@ -34,7 +34,7 @@ def run(config: PretrainConfig, resolved: str) -> None:
     Trainer(model, config, "pretrain", manifest, device, resolved).run()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with atomic_directory(output / "model") as directory:
-        save_dense(model, directory, load_tokenizer(manifest.tokenizer_dir), dtype)
+        save_model(model, directory, load_tokenizer(manifest.tokenizer_dir), dtype)
     print(output / "model")
 
 

@@ -1,0 +1,352 @@
+"""How a router row starts, against independent computations: a loop over documents in fp64, NumPy, transformers."""
+
+import copy
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from flexpert.config.groups import ModelConfig, RouterConfig
+from flexpert.data.embed import RANDOM_STD, RIDGE, RouterStart, router_start
+from flexpert.data.indexed import IndexedTokens, IndexedWriter
+from flexpert.data.tokenizer import load_tokenizer, train_tokenizer
+from flexpert.errors import UserError
+from flexpert.model.attention import rotary_tables
+from flexpert.model.transformer import Transformer, build_on_meta, initialise
+
+LAYERS, WIDTH, MAX_TOKENS = 3, 24, 13
+Matrix = NDArray[np.float64]
+
+
+class DataSets(NamedTuple):
+    own: Path
+    public: Path
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    config = ModelConfig(
+        hidden_size=WIDTH,
+        num_layers=LAYERS,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=40,
+        vocab_size=320,
+        initializer_range=0.3,
+    )
+    model = build_on_meta(config).to_empty(device="cpu")
+    initialise(model, seed=3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSets:
+    """Texts of many lengths, some longer than `MAX_TOKENS` tokens, more than one batch; own and public differ."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    texts = {
+        name: [" ".join(generator.choice(words, size=size)) for size in generator.integers(1, 20, size=45)]
+        for name, words in {
+            "own": ["seven", "plus", "eleven", "is", "18"],
+            "public": ["rain", "in", "the", "is"],
+        }.items()
+    }
+    tokenizer = train_tokenizer(texts["own"] + texts["public"], 310, root / "tokenizer")
+    for name, documents in texts.items():
+        (root / name).mkdir()
+        tokenizer.copy_to(root / name / "tokenizer")
+        with IndexedWriter(root / name / "train", np.uint16) as writer:
+            for document in documents:
+                writer.add([*tokenizer.encode(document), tokenizer.eos_id])
+    return DataSets(root / "own", root / "public")
+
+
+def documents(directory: Path) -> list[NDArray[np.int64]]:
+    source = IndexedTokens(directory / "train")
+    return [source.document(index) for index in range(len(source))]
+
+
+@torch.no_grad()
+def streams(model: Transformer, document: NDArray[np.int64]) -> Matrix:
+    """What every feed-forward layer reads, [L, S, D], of one document alone, without padding, in fp64."""
+    exact = copy.deepcopy(model).double()
+    tokens = torch.from_numpy(document[:MAX_TOKENS])[None]
+    rotary = rotary_tables(model.config, torch.arange(tokens.shape[1]))
+    x, read = exact.embedding(tokens), []
+    for block in exact.blocks:
+        stream = x + block.attention_norm(block.attention(x, rotary, None, None))  # type: ignore[operator,union-attr]
+        read.append(stream[0].numpy())
+        x = stream + block.feed_forward_norm(block.feed_forward(stream)[0])  # type: ignore[operator,union-attr]
+    return np.stack(read)
+
+
+@pytest.fixture(scope="module")
+def read_streams(model: Transformer, data: DataSets) -> dict[str, list[Matrix]]:
+    """Streams of every document of both data sets."""
+    return {
+        name: [streams(model, document) for document in documents(directory)]
+        for name, directory in data._asdict().items()
+    }
+
+
+def start(model: Transformer, data: DataSets, seed: int = 0, **settings: object) -> RouterStart:
+    settings = {"public_data": str(data.public)} | settings
+    config = RouterConfig(**settings)  # type: ignore[arg-type]
+    config.check()
+    return router_start(model, config, data.own, MAX_TOKENS, seed)
+
+
+def close(result: torch.Tensor, expected: Matrix, relative: float = 1e-4) -> None:
+    assert result.dtype == torch.float32
+    assert result.shape == expected.shape
+    np.testing.assert_allclose(result.numpy(), expected, rtol=relative, atol=relative * np.abs(expected).max())
+
+
+def document_mean(read: list[Matrix]) -> Matrix:
+    """Mean over documents of each document's mean, [L, D]."""
+    return np.mean([one.mean(1) for one in read], axis=0)
+
+
+def test_mean_is_the_difference_of_the_mean_document_streams(
+    model: Transformer, data: DataSets, read_streams: dict[str, list[Matrix]]
+) -> None:
+    result = start(model, data, init="mean")
+    close(result.rows, document_mean(read_streams["own"]) - document_mean(read_streams["public"]))
+    assert result.biases.tolist() == [0.0] * LAYERS
+
+
+def test_unit_mean_is_the_difference_of_the_directions(
+    model: Transformer, data: DataSets, read_streams: dict[str, list[Matrix]]
+) -> None:
+    means = [document_mean(read_streams[name]) for name in ("own", "public")]
+    own, public = (mean / np.linalg.norm(mean, axis=1, keepdims=True) for mean in means)
+    close(start(model, data, init="unit_mean").rows, own - public)
+
+
+def test_a_sample_is_spread_over_the_data_set(
+    model: Transformer, data: DataSets, read_streams: dict[str, list[Matrix]]
+) -> None:
+    chosen = [0, 11, 22, 33, 44]
+    expected = [document_mean([read_streams[name][index] for index in chosen]) for name in ("own", "public")]
+    close(start(model, data, init="mean", documents=5).rows, expected[0] - expected[1])
+
+
+def test_asking_for_more_documents_than_there_are_takes_them_all(model: Transformer, data: DataSets) -> None:
+    rows = [start(model, data, init="mean", documents=count).rows for count in (45, 1000)]
+    assert torch.equal(rows[0], rows[1])
+
+
+class Moments(NamedTuple):
+    """Of one layer: both means [D], the public covariance with its ridge [D, D]."""
+
+    own: Matrix
+    public: Matrix
+    scatter: Matrix
+
+
+def moments_of(own: list[Matrix], public: list[Matrix]) -> list[Moments]:
+    """Over all tokens, of every layer."""
+    result = []
+    for own_tokens, public_tokens in zip(np.concatenate(own, 1), np.concatenate(public, 1), strict=True):
+        covariance = np.cov(public_tokens.T, bias=True)
+        scatter = covariance + RIDGE * np.trace(covariance) / WIDTH * np.eye(WIDTH)
+        result.append(Moments(own_tokens.mean(0), public_tokens.mean(0), scatter))
+    return result
+
+
+@pytest.fixture(scope="module")
+def moments(read_streams: dict[str, list[Matrix]]) -> list[Moments]:
+    return moments_of(read_streams["own"], read_streams["public"])
+
+
+def test_discriminant_with_a_bias_is_the_classic_one_with_its_threshold_at_most_0(
+    model: Transformer, data: DataSets, read_streams: dict[str, list[Matrix]]
+) -> None:
+    """Also with the roles changed, which changes the sign of every threshold."""
+    own, public = read_streams["own"], read_streams["public"]
+    signs = set()
+    for sets, moments in (
+        (data, moments_of(own, public)),
+        (DataSets(data.public, data.own), moments_of(public, own)),
+    ):
+        result = start(model, sets, init="discriminant", bias=True)
+        rows = np.stack([np.linalg.solve(one.scatter, one.own - one.public) for one in moments])
+        close(result.rows, rows, relative=1e-3)
+        thresholds = [-row @ (one.own + one.public) / 2 for row, one in zip(rows, moments, strict=True)]
+        close(result.biases, np.minimum(thresholds, 0), relative=1e-3)
+        signs |= {bool(threshold > 0) for threshold in thresholds}
+    assert signs == {True, False}
+
+
+def test_discriminant_without_a_bias_has_its_boundary_at_the_midpoint(
+    model: Transformer, data: DataSets, moments: list[Moments]
+) -> None:
+    result = start(model, data, init="discriminant")
+    assert result.biases.tolist() == [0.0] * LAYERS
+    for row, one in zip(result.rows.double().numpy(), moments, strict=True):
+        middle = (one.own + one.public) / 2
+        assert abs(row @ middle) < 1e-4 * np.linalg.norm(row) * np.linalg.norm(middle)
+        assert row @ one.own > 0 > row @ one.public
+
+
+def test_discriminant_without_a_bias_separates_best_among_rows_through_the_midpoint(
+    model: Transformer, data: DataSets, moments: list[Moments]
+) -> None:
+    """Fisher's ratio (r·δ)² / r'Sr of no other row with r·m = 0 is larger."""
+    generator = np.random.default_rng(1)
+    for row, one in zip(start(model, data, init="discriminant").rows.double().numpy(), moments, strict=True):
+        delta, middle = one.own - one.public, (one.own + one.public) / 2
+
+        def fisher(vector: Matrix, delta: Matrix = delta, scatter: Matrix = one.scatter) -> float:
+            return float((vector @ delta) ** 2 / (vector @ scatter @ vector))
+
+        for scale in (1e-2, 1e-1, 1.0, 10.0):
+            for _ in range(50):
+                other = row + scale * np.linalg.norm(row) * generator.normal(size=WIDTH)
+                other -= (other @ middle) / (middle @ middle) * middle
+                assert fisher(other) <= fisher(row) * (1 + 1e-4)
+
+
+def test_a_data_set_against_itself_gives_a_row_of_zeros(model: Transformer, data: DataSets) -> None:
+    for init in ("mean", "unit_mean", "discriminant"):
+        rows = start(model, data, init=init, public_data=str(data.own)).rows
+        assert rows.abs().max() < 1e-5
+
+
+def test_the_model_is_left_as_it_was(model: Transformer, data: DataSets) -> None:
+    before = copy.deepcopy(model.state_dict())
+    start(model, data, init="mean")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(block.feed_forward._forward_pre_hooks for block in model.blocks)  # type: ignore[union-attr]
+
+
+def test_random_depends_on_the_seed_alone(model: Transformer, data: DataSets) -> None:
+    first, again, other = (start(model, data, seed, init="random", public_data=None).rows for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.std().item() == pytest.approx(RANDOM_STD, rel=0.2)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (LAYERS, WIDTH)])
+@pytest.mark.parametrize("init", ["mean", "unit_mean"])
+def test_vectors_from_files_are_subtracted(
+    shape: tuple[int, ...], init: str, model: Transformer, data: DataSets, tmp_path: Path
+) -> None:
+    own, public = np.random.default_rng(2).normal(size=(2, *shape))
+    np.save(tmp_path / "own.npy", own)
+    np.save(tmp_path / "public.npy", public)
+    vectors = {"embedding": str(tmp_path / "own.npy"), "public_embedding": str(tmp_path / "public.npy")}
+    result = start(model, data, init=init, public_data=None, **vectors)
+    if init == "unit_mean":
+        own, public = (vector / np.linalg.norm(vector, axis=-1, keepdims=True) for vector in (own, public))
+    close(result.rows, np.broadcast_to(own - public, (LAYERS, WIDTH)), relative=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH + 1,), (LAYERS + 1, WIDTH), (1, 1, WIDTH), ()])
+def test_a_vector_of_another_shape_is_refused(
+    shape: tuple[int, ...], model: Transformer, data: DataSets, tmp_path: Path
+) -> None:
+    path = tmp_path / "v.npy"
+    np.save(path, np.ones(shape))
+    with pytest.raises(UserError, match=rf"v\.npy has shape .*width {WIDTH}"):
+        start(model, data, init="mean", embedding=str(path), public_embedding=str(path))
+
+
+def test_a_file_that_is_no_vector_is_refused(model: Transformer, data: DataSets, tmp_path: Path) -> None:
+    path = tmp_path / "v.npy"
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=r"v\.npy is not a \.npy vector"):
+            start(model, data, init="mean", embedding=str(path), public_embedding=str(path))
+
+    refused()
+    path.write_bytes(b"no array")
+    refused()
+    np.save(path, np.array([{"code": "pickled"}]), allow_pickle=True)
+    refused()
+    np.save(path, np.full(WIDTH, "text"))
+    refused()
+
+
+@pytest.fixture(scope="module")
+def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random sentence-transformers model of the stream's width: BERT and mean pooling."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    directory = tmp_path_factory.mktemp("sentence") / "model"
+    transformer = directory / "0_Transformer"
+    transformer.mkdir(parents=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "seven", "plus", "eleven", "is", "18", "rain", "in", "the"]
+    BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}).save_pretrained(transformer)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        initializer_range=0.5,
+    )
+    BertModel(config).save_pretrained(transformer)
+    pooling = directory / "1_Pooling"
+    pooling.mkdir()
+    (pooling / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": WIDTH, "pooling_mode_mean_tokens": True})
+    )
+    modules = [
+        {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    return directory
+
+
+@torch.no_grad()
+def mean_embedding(sentence_model: Path, directory: Path) -> Matrix:
+    """One text at a time through transformers, mean over its tokens, mean over texts."""
+    from transformers import BertModel, BertTokenizerFast
+
+    bert = BertModel.from_pretrained(sentence_model / "0_Transformer").eval()
+    words = BertTokenizerFast.from_pretrained(sentence_model / "0_Transformer")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    texts = [tokenizer.decode(document[:-1]) for document in documents(directory)]
+    vectors = [bert(**words(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy() for text in texts]
+    return np.mean(vectors, axis=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sentence_transformers_directory_embeds_the_texts(
+    sentence_model: Path, model: Transformer, data: DataSets
+) -> None:
+    rows = start(model, data, init="mean", embedding=str(sentence_model)).rows
+    expected = mean_embedding(sentence_model, data.own) - mean_embedding(sentence_model, data.public)
+    close(rows, np.tile(expected, (LAYERS, 1)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sentence_transformers_model_of_another_width_is_refused(sentence_model: Path, data: DataSets) -> None:
+    config = ModelConfig(hidden_size=WIDTH * 2, num_layers=1, num_heads=4, intermediate_size=8, vocab_size=320)
+    wide = build_on_meta(config).to_empty(device="cpu")
+    with pytest.raises(UserError, match=rf"has shape \[{WIDTH}\].*width {WIDTH * 2}"):
+        start(wide, data, init="mean", embedding=str(sentence_model))
+
+
+def test_a_directory_that_is_no_sentence_transformers_model_is_refused(
+    model: Transformer, data: DataSets, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="is not a sentence-transformers directory"):
+        start(model, data, init="mean", embedding=str(tmp_path))
+
+
+@pytest.mark.parametrize("init", ["mean", "unit_mean", "discriminant"])
+def test_public_data_that_is_not_there_is_refused(
+    init: str, model: Transformer, data: DataSets, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"router\.init={init} needs router\.public_data=DIR"):
+        start(model, data, init=init, public_data=None)
+    with pytest.raises(UserError, match=r"train\.idx does not exist: write it with `flexpert prepare`"):
+        start(model, data, init=init, public_data=str(tmp_path))
