@@ -1,6 +1,6 @@
 # Every target sets itself up: `git clone` and `make demo` (or `make test`) is all there is to do.
 VENV ?= .venv
-PYTHON ?= python3
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 APT := chromium chromium-driver zsh
@@ -25,6 +25,7 @@ lint: $(STAMP)
 # GPU. Set TORCH to install another build, for example TORCH=torch on a GPU machine.
 TORCH ?= torch==2.13.0
 $(STAMP): setup.py
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON to it"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
@@ -36,7 +37,8 @@ $(STAMP): setup.py
 apt:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null && command -v zsh >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT) >/dev/null; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT) >/dev/null \
+		|| echo "note: $(APT) could not be installed; the tests that need them say so"; \
 	else echo "note: install $(APT) to run the tests that need them"; fi
 
 clean:

@@ -21,7 +21,7 @@ def train(stage: str, *overrides: str) -> None:
     """A training stage at toy size; later overrides win."""
     defaults = [
         "train.steps=6", "train.batch_tokens=128", "train.sequence_length=16", "optim.lr=1e-2", "optim.warmup_steps=2",
-        "monitor.wandb=off", "checkpoint.interval=2", "checkpoint.keep=10",
+        "train.microbatch_sequences=8", "monitor.wandb=off", "checkpoint.interval=2", "checkpoint.keep=10",
     ]  # fmt: skip
     given = {override.split("=")[0] for override in overrides}
     run_stage(stage, [*(d for d in defaults if d.split("=")[0] not in given), *overrides])

@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from flexpert.errors import UserError
+from flexpert.records import write_atomic
 
-#: Keys that may change when a stage is started again in its directory: they do not change what it computes.
-FREE_KEYS = ("monitor", "checkpoint", "resume", "parallel", "title", "license")
+#: Keys that may change when a stage is started again in its directory: they do not change what it writes.
+FREE_KEYS = ("monitor", "checkpoint", "resume", "parallel", "output_dir")
 
 
 def comparable(resolved: str) -> dict[str, Any]:
@@ -25,11 +26,11 @@ def comparable(resolved: str) -> dict[str, Any]:
     }
 
 
-def claim_directory(output: Path, resolved: str, resume: str) -> None:
-    """Make `output` this configuration's directory and write `resolved.yaml` into it.
+def check_directory(output: Path, resolved: str, resume: str) -> None:
+    """Refuse a directory that is not this configuration's; writes nothing.
 
     Raises:
-        UserError: it holds another configuration, or `resume=never` and it holds one at all, or it cannot be written.
+        UserError: it holds another configuration or other files, or `resume=never` and it holds one at all.
     """
     record = output / "resolved.yaml"
     if record.is_file():
@@ -45,9 +46,21 @@ def claim_directory(output: Path, resolved: str, resume: str) -> None:
             raise UserError(f"{output} has been used already and resume=never; choose another output_dir")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} holds files of something else; choose another output_dir")
+
+
+def claim_directory(output: Path, resolved: str, resume: str) -> None:
+    """Make `output` this configuration's directory: `check_directory`, then write `resolved.yaml` into it.
+
+    To be called when nothing in the configuration can turn out wrong any more: a directory that was claimed by a
+    mistake refuses the corrected command.
+
+    Raises:
+        UserError: as `check_directory`, or it cannot be written.
+    """
+    check_directory(output, resolved, resume)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        record.write_text(resolved, encoding="utf-8")
+        write_atomic(output / "resolved.yaml", resolved)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
 

@@ -60,6 +60,29 @@ def test_a_sequence_longer_than_the_context(fails, road: Path, tmp_path: Path) -
     fails("pretrain", [*long, f"output_dir={tmp_path}/out"], "train.sequence_length=1024", "512")
 
 
+def test_a_mistake_does_not_claim_the_directory(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    data, out = f"data.dir={road}/data/public", f"output_dir={tmp_path}/out"
+    short = ["train.steps=1", "train.batch_tokens=2048", "train.sequence_length=512", "monitor.wandb=off"]
+    base = [f"base={road}/public/model", "name=a", data, out]
+    few = [
+        "valid_fraction=0",
+        f"tokenizer={road}/data/public/tokenizer",
+        f"data.documents={road}/public_texts/00[0-3].txt",
+    ]
+    run_stage("prepare", [*few, f"output_dir={tmp_path}/few"])
+    fails("pretrain", [*short, f"data.dir={tmp_path}/few", out], "fewer than one sequence")
+    fails(
+        "expert",
+        [*TOY, *base, f"router.embedding={tmp_path}", f"router.public_data={road}/data/public"],
+        "sentence-transformers",
+    )
+    calibration = ["router.init=random", "router.calibration_steps=2", f"router.public_data={tmp_path}/few"]
+    fails("expert", [*short, *base, *calibration], "fewer than one sequence")
+    fails("expert", [*TOY, *base, "router.init=random", "name=" + "a" * 65], "at most 64")
+    fails("expert", [*TOY, *base, "router.init=random", "title=two\nlines"], "line")
+    assert not (tmp_path / "out").exists()
+
+
 def test_excluding_what_is_not_there_or_all_there_is(fails, road: Path, assembled: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     model, prompt = f"model={assembled}/model", "prompt=dear"
     fails("generate", [model, prompt, "exclude=[nobody]"], "nobody", "letters")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flexpert.cli import run_stage
 from flexpert.config.compose import compose
 from flexpert.launch.graph import Records, build_graph
 from flexpert.records import read_record
@@ -83,26 +84,49 @@ def test_the_evaluation_covers_every_method(smoke: Path) -> None:
     assert record["methods"]["without math"]["active_experts"] == 2
 
 
-def test_started_again_it_does_nothing(smoke: Path) -> None:
+def test_started_again_it_writes_the_report_and_nothing_else(smoke: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
+    page = (smoke / "report.html").read_bytes()
     status, text = run(smoke)
-    assert status == 0 and "started" not in text
+    assert status == 0 and re.findall(r"(\S+): started", text) == ["report"]
     after = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
     changed = {path.name for path in before if before[path] != after[path]}
-    assert changed <= {"pipeline.yaml"} and before.keys() == after.keys()
+    assert changed <= {"pipeline.yaml", "report.html", "report.png", "report.log", "report.json"}
+    assert before.keys() == after.keys() and (smoke / "report.html").read_bytes() == page
 
 
 def test_what_was_deleted_is_made_again_and_equal(smoke: Path) -> None:
     (smoke / "evaluation/evaluation.json").rename(smoke / "before.json")
     status, text = run(smoke)
     assert status == 0, text
-    assert re.findall(r"(\S+): started", text) == ["evaluation"]
+    assert re.findall(r"(\S+): started", text) == ["evaluation", "report"]
     assert (smoke / "evaluation/evaluation.json").read_bytes() == (smoke / "before.json").read_bytes()
 
 
+def test_what_has_no_record_is_made_again_and_equal(smoke: Path) -> None:
+    """As after a kill between the end of a stage and its record."""
+    nodes = ["data.news", "experts.news", "assembled"]
+    paths = [smoke / f"stages/{node}.json" for node in nodes]
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    (smoke / "data/news/left").touch()
+    status, text = run(smoke)
+    assert status == 0, text
+    assert re.findall(r"(\S+): started", text) == ["data/news", "experts/news", "assembled", "report"]
+    assert [path.read_bytes() for path in paths] == before
+    log = (smoke / "logs/data.news.log").read_text()
+    assert log.count("--- data/news: started") == 2 and log.count("documents") == 4, "both attempts are in the log"
+
+
 def test_what_was_altered_or_made_otherwise_is_named(smoke: Path) -> None:
+    graph = (smoke / "pipeline.yaml").read_bytes()
     status, text = run(smoke, "seed=1")
     assert status == 2 and "data/public was made with other overrides" in text
+    changed = "pipeline.experts={math:[data=demo_math],news:[data=demo_news],code:[data=demo_code]}"
+    status, text = run(smoke, changed)  # what is new could start; the conflict, far down the graph, comes first
+    assert status == 2 and "assembled was made with other overrides" in text and "started" not in text
+    assert (smoke / "pipeline.yaml").read_bytes() == graph
     path = smoke / "data/math/valid.bin"
     content = path.read_bytes()
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
@@ -123,8 +147,28 @@ def test_a_failed_expert_is_told_and_the_others_finish(tmp_path: Path) -> None:
 def test_gates_that_do_not_hold_fail_the_pipeline(smoke: Path) -> None:
     status, text = run(smoke, "pipeline.gates={gain_over_soup:100}")
     assert status == 1 and "DOES NOT HOLD" in text
+    assert "0 of 1 claims hold" in (smoke / "report.html").read_text()
     status, text = run(smoke, "pipeline.gates={gain_over_soup:-100}")
     assert status == 0 and "holds" in text
+    assert "1 of 1 claims hold" in (smoke / "report.html").read_text()
+
+
+def test_transformers_loads_the_assembled_model_and_generates_the_same(
+    smoke: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory, prompt = smoke / "assembled", "The number of"
+    theirs, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert theirs.config.num_experts == 3
+    run_stage("generate", [f"model={directory}", f"prompt={prompt}", "max_new_tokens=24"])
+    ours = capsys.readouterr().out.removesuffix("\n")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    wanted = theirs.generate(ids, max_new_tokens=24, do_sample=False)
+    assert ours == tokenizer.decode(wanted[0], skip_special_tokens=False).removesuffix("<|endoftext|>")
+    assert len(ours) > len(prompt)
 
 
 def test_every_node_comes_after_what_it_needs() -> None:

@@ -8,6 +8,7 @@ from flexpert_kernels.moe.reference import reference_moe
 from flexpert.config.groups import ModelConfig
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.moe import MixtureOfExperts
+from flexpert.model.transformer import Transformer, initialise
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -84,6 +85,65 @@ def test_a_biased_mixture_equals_its_fp64_definition(active: int) -> None:
         assert parameter.grad is not None and double[name].grad is not None, name
         assert relative_error(parameter.grad, double[name].grad) <= 1e-5, name
     assert layer.router.bias[0].grad[2] == 0  # type: ignore[index]
+
+
+def fp64_model(p: dict[str, torch.Tensor], config: ModelConfig, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Logits of a biased mixture, written out from the paper, with nothing of the model's own code."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+
+    batch, length = tokens_BS.shape
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.double) / half)
+    turn = torch.polar(torch.ones(length, half, dtype=torch.double), torch.arange(length)[:, None] * frequency)
+
+    def heads(x: torch.Tensor, rotate: bool) -> torch.Tensor:
+        x = x.view(batch, length, -1, config.head_dim).transpose(1, 2)
+        if not rotate:
+            return x
+        turned = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = p["embedding.weight"][tokens_BS]
+    for layer in range(config.num_layers):
+        a, m = f"blocks.{layer}.attention", f"blocks.{layer}.feed_forward"
+        q = heads(norm(x @ p[f"{a}.q_proj.weight"].T, p[f"{a}.q_norm.weight"]), True)
+        k = heads(norm(x @ p[f"{a}.k_proj.weight"].T, p[f"{a}.k_norm.weight"]), True)
+        v = heads(x @ p[f"{a}.v_proj.weight"].T, False)
+        scores = q @ k.transpose(2, 3) / config.head_dim**0.5
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)
+        x = x + norm(mixed @ p[f"{a}.o_proj.weight"].T, p[f"blocks.{layer}.attention_norm.weight"])
+        flat = x.flatten(0, 1)
+        logits = flat @ p[f"{m}.router.weight.0"].T + p[f"{m}.router.bias.0"].clamp(max=0)
+        weights, indices = logits.softmax(-1).topk(config.active_experts, dim=-1)
+        out = reference_moe(flat, weights, indices, p[f"{m}.groups.0.gate_up"], p[f"{m}.groups.0.down"])
+        x = x + norm(out.view_as(x), p[f"blocks.{layer}.feed_forward_norm.weight"])
+    return norm(x, p["norm.weight"]) @ p["head.weight"].T
+
+
+@pytest.mark.parametrize("active", [2, 3])
+def test_a_biased_model_equals_its_fp64_definition(active: int) -> None:
+    config = ModelConfig(
+        hidden_size=24, num_layers=2, num_heads=3, intermediate_size=20, vocab_size=37, num_experts=3,
+        active_experts=active, router_bias=True, initializer_range=0.2,
+    )  # fmt: skip
+    model = Transformer(config)
+    initialise(model, seed=5)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.feed_forward.router.bias[0].copy_(torch.tensor([-0.1, -0.8, 0.3]))  # type: ignore[union-attr, index]
+    tokens = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(0))
+    found = model.logits(tokens)
+    found.logsumexp(-1).sum().backward()
+    double = {name: p.detach().double().requires_grad_(True) for name, p in model.named_parameters()}
+    wanted = fp64_model(double, config, tokens)
+    wanted.logsumexp(-1).sum().backward()
+    assert (found - wanted).abs().max() <= 1e-5
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and double[name].grad is not None, name
+        assert relative_error(parameter.grad, double[name].grad) <= 1e-5, name
 
 
 def test_groups_held_apart_compute_what_one_group_computes() -> None:

@@ -46,6 +46,9 @@ LINES: list[tuple[str, str, Any]] = [
     ("""evaluate model=/m "data.dirs={a:/home/o'brien/d,b:/e}\"""", "data.dirs", {"a": "/home/o'brien/d", "b": "/e"}),
     ("pipeline 'pipeline.experts={m:[data=a,seed=3]}'", "pipeline.experts", {"m": ["data=a", "seed=3"]}),
     ("pipeline pipeline=smoke pipeline.gates.removal=0.5", "pipeline.gates", {"removal": 0.5}),
+    # whole numbers, also as one writes large ones
+    ("pretrain data.dir=/d train.tokens=50e9", "train.tokens", 50_000_000_000),
+    (f"{PRETRAIN} train.batch_tokens=8192", "train.batch_tokens", 8192),
     # lists of text
     (f"{EVALUATE} exclude=news", "exclude", ["news"]),
     (f"{EVALUATE} exclude=news,math", "exclude", ["news", "math"]),

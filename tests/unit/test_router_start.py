@@ -93,11 +93,11 @@ def read_streams(model: Transformer, data: DataSets) -> dict[str, list[Matrix]]:
     }
 
 
-def start(model: Transformer, data: DataSets, seed: int = 0, **settings: object) -> RouterStart:
+def start(model: Transformer, data: DataSets, seed: int = 0, name: str = "a", **settings: object) -> RouterStart:
     settings = {"public_data": str(data.public)} | settings
     config = RouterConfig(**settings)  # type: ignore[arg-type]
     config.check()
-    return router_start(model, config, data.own, MAX_TOKENS, seed)
+    return router_start(model, config, data.own, MAX_TOKENS, seed, name)
 
 
 def close(result: torch.Tensor, expected: Matrix, relative: float = 1e-4) -> None:
@@ -224,7 +224,12 @@ def test_the_model_is_left_as_it_was(model: Transformer, data: DataSets) -> None
     assert not any(block.feed_forward._forward_pre_hooks for block in model.blocks)  # type: ignore[union-attr]
 
 
-def test_random_depends_on_the_seed_alone(model: Transformer, data: DataSets) -> None:
+def test_random_differs_between_owners_of_one_seed(model: Transformer, data: DataSets) -> None:
+    first, other = (start(model, data, 1, name, init="random", public_data=None).rows for name in ("a", "b"))
+    assert not torch.equal(first, other)
+
+
+def test_random_depends_on_the_seed_and_name_alone(model: Transformer, data: DataSets) -> None:
     first, again, other = (start(model, data, seed, init="random", public_data=None).rows for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

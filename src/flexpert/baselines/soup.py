@@ -4,9 +4,19 @@ from pathlib import Path
 
 import torch
 
-from flexpert.checkpoint.huggingface import load_model
+from flexpert.checkpoint.huggingface import ModelDirectory, load_model
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer
+
+
+def check_shapes(models: list[ModelDirectory]) -> None:
+    """Raises `UserError` where the models cannot be averaged."""
+    for model in models[1:]:
+        if model.config != models[0].config:
+            raise UserError(
+                f"{model.path} has another shape than {models[0].path}: models of different shape cannot be averaged "
+                "(baselines.soup=false)"
+            )
 
 
 @torch.no_grad()
@@ -16,11 +26,10 @@ def soup(paths: list[Path], device: torch.device) -> Transformer:
     Raises:
         UserError: the models have different shapes.
     """
+    check_shapes([ModelDirectory.open(path) for path in paths])
     mean = load_model(paths[0], device=device)[0]
     for path in paths[1:]:
         other = load_model(path, device=device)[0]
-        if other.config != mean.config:
-            raise UserError(f"{path} has another shape than {paths[0]}: models of different shape cannot be averaged")
         for total, parameter in zip(mean.parameters(), other.parameters(), strict=True):
             total.add_(parameter)
     for total in mean.parameters():

@@ -22,12 +22,14 @@ from flexpert.checkpoint.digest import dtype_name, tensor_bytes
 from flexpert.config.groups import ModelConfig
 from flexpert.data.tokenizer import Tokenizer
 from flexpert.errors import UserError
+from flexpert.fields import require
 from flexpert.model.transformer import Transformer, build_on_meta
 from flexpert.records import read_json, read_record, write_json
 
 DENSE, MIXTURE, BIASED = "olmo2", "flex_olmo", "flex_olmo_biased"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+STORED_TYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 #: What transformers takes where config.json does not say.
 ROPE_THETA = {DENSE: 10_000.0, MIXTURE: 500_000.0, BIASED: 500_000.0}
 
@@ -127,20 +129,27 @@ class ModelDirectory:
                 raise UserError(f"{path}: assembly.json names {len(experts)} experts, config.json {config.num_experts}")
         return cls(path, config, experts, raw, tensor_files(path))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the stored embedding; the files hold one type throughout."""
-        name = "model.embed_tokens.weight"
-        if name not in self.files:
-            raise UserError(f"{self.path} has no tensor {name}")
-        with open_shard(self.files[name]) as file:
-            return file.get_slice(name)[:1].dtype  # type: ignore[no-any-return]
+    def require_one_dtype(self) -> torch.dtype:
+        """The type of every stored tensor; digests and contributions need it to be one, bfloat16 or float32.
+
+        Raises:
+            UserError: the types differ, or are another one.
+        """
+        found: dict[str, str] = {}
+        for path in sorted(set(self.files.values())):
+            with open_shard(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    found.setdefault(file.get_slice(name).get_dtype(), name)
+        if len(found) > 1 or next(iter(found)) not in STORED_TYPES:
+            types = ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
+            raise UserError(f"{self.path} is stored as {types}; convert it to all BF16 or all F32 first")
+        return STORED_TYPES[next(iter(found))]
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name → file, from the shard index or the single file."""
     if (path / INDEX).is_file():
-        names = read_json(path / INDEX)["weight_map"]
+        names = require(read_json(path / INDEX), "weight_map", dict, path / INDEX)
     elif (path / "model.safetensors").is_file():
         with open_shard(path / "model.safetensors") as file:
             names = dict.fromkeys(file.keys(), "model.safetensors")
@@ -169,30 +178,38 @@ def model_config(raw: dict[str, Any], path: Path) -> ModelConfig:
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "attention_bias": raw.get("attention_bias", False),
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "rope_type": rope.get("rope_type", "default") != "default",
+        "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
         "norm_topk_prob": raw.get("norm_topk_prob", False),
     }
     if wrong := [name for name, value in unsupported.items() if value]:
         raise UserError(f"{path}/config.json sets {wrong[0]} in a way that Flexpert does not compute")
-    num_experts = 0 if kind == DENSE else raw["num_experts"]
+
+    def number(key: str, kind: type = int, **default: Any) -> Any:
+        if key in default and raw.get(key) is None:
+            return default[key]
+        return require(raw, key, kind, path / "config.json")
+
+    num_experts = 0 if kind == DENSE else number("num_experts")
+    config = ModelConfig(
+        hidden_size=number("hidden_size"),
+        num_layers=number("num_hidden_layers"),
+        num_heads=number("num_attention_heads"),
+        num_kv_heads=number("num_key_value_heads", num_key_value_heads=None),
+        intermediate_size=number("intermediate_size"),
+        vocab_size=number("vocab_size"),
+        max_sequence_length=number("max_position_embeddings"),
+        num_experts=num_experts,
+        active_experts=number("num_experts_per_tok") if num_experts else 1,
+        router_bias=kind == BIASED,
+        rms_norm_eps=number("rms_norm_eps", float),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", ROPE_THETA[kind]))),
+        initializer_range=number("initializer_range", float, initializer_range=0.02),
+    )
     try:
-        return ModelConfig(
-            hidden_size=raw["hidden_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads"),
-            intermediate_size=raw["intermediate_size"],
-            vocab_size=raw["vocab_size"],
-            max_sequence_length=raw["max_position_embeddings"],
-            num_experts=num_experts,
-            active_experts=raw["num_experts_per_tok"] if num_experts else 1,
-            router_bias=kind == BIASED,
-            rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", ROPE_THETA[kind]))),
-            initializer_range=raw.get("initializer_range", 0.02),
-        )
-    except KeyError as error:
-        raise UserError(f"{path}/config.json lacks {error.args[0]}") from None
+        config.check()
+    except UserError as error:
+        raise UserError(f"{path}/config.json: {error}") from None
+    return config
 
 
 def fill(model: Transformer, slots: list[Slot], files: dict[str, Path], device: torch.device) -> None:

@@ -2,7 +2,9 @@
 
 import glob
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,20 +29,21 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 
     The content is flushed before the rename, so a directory under its final name is complete whatever happens to the
     process or the machine. An error or a kill leaves nothing under the final name; what a killed process left under a
-    temporary name is swept away by the next one that writes the same directory.
+    temporary name is swept away by the next one on the same host that writes the same directory.
 
     Raises:
         UserError: `final` exists already, or its parent cannot be written.
     """
     if final.exists():
         raise UserError(f"{final} exists already; remove it or choose another output_dir")
+    host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
-            process_id = leftover.name.split(".")[-2]
-            if process_id.isdecimal() and not _alive(int(process_id)):
+            writer, _, process_id = leftover.name.removesuffix(".partial").rpartition("-")
+            if writer.endswith(f".{host}") and process_id.isdecimal() and not _alive(int(process_id)):
                 shutil.rmtree(leftover, ignore_errors=True)
-        temporary = final.parent / f".{final.name}.{os.getpid()}.partial"
+        temporary = final.parent / f".{final.name}.{host}-{os.getpid()}.partial"
         temporary.mkdir()
     except OSError as error:
         raise UserError(f"{final.parent} cannot be written: {error.strerror}") from None
@@ -59,6 +62,9 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 
 
 def _alive(process_id: int) -> bool:
+    """Whether another process has this id; our own, in a container where ids repeat, is a dead one's."""
+    if process_id == os.getpid():
+        return False
     try:
         os.kill(process_id, 0)
     except ProcessLookupError:

@@ -1,8 +1,8 @@
 """The schema of `conf/`: one dataclass per Hydra group and per stage.
 
 The classes are plain dataclasses, registered as Hydra structured configs, so an unknown key or a wrong type fails when
-the config is composed. `flexpert.compose` turns a command line into one of the stage classes, locks it (assignment
-raises from then on) and calls every `check`. Each option's help text stands beside its default and is what
+the config is composed. `flexpert.config.compose` turns a command line into one of the stage classes, locks it
+(assignment raises from then on) and calls every `check`. Each option's help text stands beside its default and is what
 `flexpert STAGE --help` prints.
 """
 
@@ -15,7 +15,8 @@ from omegaconf import MISSING
 
 from flexpert.errors import UserError
 
-EXPERT_ID = re.compile(r"[a-z][a-z0-9-]*")
+#: Ids become file names, so they are short enough for every file system.
+EXPERT_ID = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
 def opt(default: Any, help: str, **metadata: Any) -> Any:
@@ -217,7 +218,7 @@ class TrainConfig(Lockable):
     tokens: int | None = opt(None, "training tokens, rounded up to whole steps")
     batch_tokens: int = opt(4_194_304, "tokens in one optimiser step")
     sequence_length: int = opt(4096, "tokens in one sequence")
-    microbatch_sequences: int | None = opt(None, "sequences in one forward pass; null: all of the step's")
+    microbatch_sequences: int = opt(1, "sequences in one forward pass; a step accumulates over its microbatches")
     z_loss: float = opt(1e-5, "weight of the squared log-normaliser of the output distribution")
     router_z_loss: float = opt(1e-3, "weight of the squared log-normaliser of the routers, summed over layers")
     loss_chunk_tokens: int = opt(1024, "tokens whose logits are held at one time")
@@ -235,7 +236,7 @@ class TrainConfig(Lockable):
             f"train.batch_tokens={self.batch_tokens} does not divide by train.sequence_length={self.sequence_length}",
         )
         require(
-            self.batch_sequences % self.microbatch == 0,
+            self.batch_sequences % self.microbatch_sequences == 0,
             f"the {self.batch_sequences} sequences of a step (train.batch_tokens / train.sequence_length) do not "
             f"divide by train.microbatch_sequences={self.microbatch_sequences}",
         )
@@ -243,10 +244,6 @@ class TrainConfig(Lockable):
     @property
     def batch_sequences(self) -> int:
         return self.batch_tokens // self.sequence_length
-
-    @property
-    def microbatch(self) -> int:
-        return self.microbatch_sequences or self.batch_sequences
 
     @property
     def num_steps(self) -> int:
@@ -346,7 +343,7 @@ class BaselinesConfig(Lockable):
     dense: dict[str, str] = opt({}, "dense fine-tunes of the public model by domain: {news:DIR,…}")
     soup: bool = opt(True, "average of the public model's and all dense fine-tunes' weights")
     btm: bool = opt(True, "Branch-Train-Merge: ensemble weighted by each model's likelihood of the text so far")
-    btm_temperature: float = opt(1.0, "temperature of those weights, nats per token of evidence")
+    btm_temperature: float = opt(1.0, "temperature of those weights, in nats of evidence")
 
     def check(self) -> None:
         check_positive("baselines", self, "btm_temperature")

@@ -78,7 +78,7 @@ class ExpertConfig(TrainingStage):
         super().check()
         require(
             EXPERT_ID.fullmatch(self.name) is not None and self.name != "public",
-            f"name={self.name} is not an expert id: a-z, then a-z, 0-9 and '-'; 'public' is taken "
+            f"name={self.name} is not an expert id: a-z, then a-z, 0-9 and '-', at most 64; 'public' is taken "
             "(title= is the display name)",
         )
 

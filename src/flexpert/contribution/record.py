@@ -4,13 +4,13 @@
 D hidden size, F the expert's own FFN width.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexpert.assembly.tensors import TensorDigest
+from flexpert.config.groups import EXPERT_ID
 from flexpert.errors import UserError
 from flexpert.fields import FileEntry
 from flexpert.records import canonical_json, sha256_hex
@@ -27,9 +27,6 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 #: Dtypes that an expert may have.
 EXPERT_DTYPES = ("F32", "BF16")
-
-# Ids become file names, so they are short enough for every file system.
-_ID = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def check_identity(identity: ExpertIdentity, where: Path | str) -> None:
     Raises:
         UserError: the id is malformed or reserved, or a text does not fit on one line.
     """
-    if not _ID.fullmatch(identity.id):
+    if not EXPERT_ID.fullmatch(identity.id):
         raise UserError(
             f"{where}: the expert id {identity.id!r} is invalid; use a-z, 0-9 and '-', a letter first, "
             "at most 64 characters"

@@ -2,22 +2,20 @@
 
     public      docstrings and comments of the Python standard library, plus a small sample of every private domain
     math        generated problems, solved step by step
-    code        the standard library through `ast.unparse`: no comments, no docstrings
+    code        the standard library through `ast.unparse`: no comments or docstrings
     reference   `pydoc_data.topics`, paragraphs deduplicated
     news        a template grammar (`demo_news.py`)
     records     synthetic visit notes whose numbers agree with one another (`demo_grammar.py`)
 
-Sizes (Python 3.11): public 2.56 MB of prose, and a tenth of that from each domain (reference: 66 kB); math, code, news
-and records 1.5 MB each; reference 0.3 MB. No document is longer than 3.6 kB.
+Sizes (Python 3.11): public 2.56 MB of prose and a tenth of that from each domain; domains 1.5 MB, reference 0.3 MB.
 
 Determinism: a corpus is a function of its name, the seed and the Python version, given a complete installation (the
 library's text and `ast.unparse` change with the version, so figures are comparable only within one; some Linux
 distributions package tkinter and others apart). Every random choice comes from `random.Random` seeded with a string,
 which neither the global state nor `PYTHONHASHSEED` can reach.
 
-Disjointness: the public sample of a domain must hold no document of the private domain, or the demo would measure
-memory. A document's SHA-256 alone decides whether it may be public (`_may_be_public`), so the two are disjoint for any
-pair of seeds, and neither has to know the other.
+Disjointness: no document of a private domain is in the public sample, or the demo would measure memory. Its SHA-256
+alone decides whether a document may be public (`_may_be_public`), so the two are disjoint for any pair of seeds.
 """
 
 import ast
@@ -53,8 +51,7 @@ PUBLIC_TEXT_BYTES = (100, 3_000)
 REFERENCE_BYTES = (100, 1_500)
 MATH_CHARACTERS = (150, 400)
 
-#: Directories of the standard library that are left out: tests, other people's code, tables of characters, and
-#: `pydoc_data`, because its source *is* the reference domain.
+#: Left out of the standard library: tests, others' code, character tables, and the reference domain's source.
 SKIPPED_DIRECTORIES = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data",
 }  # fmt: skip
@@ -490,17 +487,14 @@ CORPORA |= {name: functools.partial(_private, name) for name in SOURCES}
 
 
 @functools.cache
-def _corpus(name: str, seed: int) -> tuple[str, ...]:
-    """Kept: `prepare` reads the documents twice where it trains a tokenizer, and they take seconds to make."""
-    return tuple(CORPORA[name](seed))
-
-
-def documents(name: str, seed: int = 0) -> Iterator[str]:
+def documents(name: str, seed: int = 0) -> tuple[str, ...]:
     """Documents of one corpus: a deterministic function of the name, the seed and the Python version.
+
+    Kept: they take seconds to make, and `prepare` reads them twice where it trains a tokenizer.
 
     Raises:
         UserError: there is no corpus of that name.
     """
     if name not in CORPORA:
         raise UserError(f"there is no demo corpus {name!r}: choose one of {', '.join(CORPORA)}")
-    return iter(_corpus(name, seed))
+    return tuple(CORPORA[name](seed))

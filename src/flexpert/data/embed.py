@@ -7,6 +7,7 @@ a sample of public documents for that.
 Shapes: L layers, D residual width.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,9 @@ def load_vector(path: Path) -> Tensor:
         raise UserError(f"{path} is not a .npy vector: {error}") from None
 
 
-def router_start(model: Transformer, config: RouterConfig, own: Path, sequence_length: int, seed: int) -> RouterStart:
+def router_start(
+    model: Transformer, config: RouterConfig, own: Path, sequence_length: int, seed: int, name: str
+) -> RouterStart:
     """The start that `config.init` names.
 
     - mean: mean embedding of own documents less that of public ones (the paper's start, relative to the public row);
@@ -163,6 +166,7 @@ def router_start(model: Transformer, config: RouterConfig, own: Path, sequence_l
         model: the dense public model.
         own: the owner's data set directory.
         sequence_length: tokens of each document that the stream is read over.
+        seed, name: of a random start; the name is the expert's.
 
     Raises:
         UserError: an embedding of another width than the model's, or of a source that cannot be read.
@@ -170,7 +174,9 @@ def router_start(model: Transformer, config: RouterConfig, own: Path, sequence_l
     layers, width = model.config.num_layers, model.config.hidden_size
     zeros = torch.zeros(layers)
     if config.init == "random":
-        generator = torch.Generator().manual_seed(seed)
+        # The name too: with the same seed everywhere, all owners' rows would start as the same vector.
+        mixed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(mixed)
         return RouterStart(torch.randn(layers, width, generator=generator) * RANDOM_STD, zeros)
     if config.embedding == "stream":
         assert config.public_data is not None

@@ -1,7 +1,9 @@
 """Held-out documents as windows that a model scores.
 
-Every token of a document's text is predicted exactly once, from an end-of-text token or from up to `length` tokens
-before it: the windows of one document overlap by the one token that opens the next.
+For the likelihood every token of a document's text is predicted exactly once, from an end-of-text token or from up to
+`length` tokens before it: the windows of one document overlap by the one token that opens the next. So the last of
+them may begin anywhere in the question. An answer is judged in the window that ends where the document ends, with as
+much of the question before it as fits.
 """
 
 from collections.abc import Iterator
@@ -27,6 +29,10 @@ class Document:
     num_bytes: int
     answer_start: int | None
 
+    @property
+    def num_answer_tokens(self) -> int:
+        return 0 if self.answer_start is None else len(self.tokens) - self.answer_start
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -41,11 +47,28 @@ class EvaluationSet:
         return sum(document.num_bytes for document in self.documents)
 
 
+@dataclass(frozen=True)
+class Window:
+    """A run of a document's tokens; every token but the first is predicted from those before it.
+
+    Attributes:
+        document: place of the document in its set.
+        tokens: up to length + 1.
+        counted: whether the tokens are part of the document's likelihood; False where other windows hold them.
+        num_answer_tokens: how many tokens at the end are the answer, judged in this window; 0: none.
+    """
+
+    document: int
+    tokens: list[int]
+    counted: bool
+    num_answer_tokens: int
+
+
 def load_set(name: str, directory: Path, split: str, max_documents: int | None) -> EvaluationSet:
     """Read the documents of a split.
 
     Raises:
-        UserError: the directory is no data set, or the split is empty.
+        UserError: the directory is no data set, or the split has no text.
     """
     manifest = read_manifest(directory)
     tokenizer = load_tokenizer(manifest.tokenizer_dir)
@@ -56,7 +79,10 @@ def load_set(name: str, directory: Path, split: str, max_documents: int | None) 
     documents = [
         make_document(source.document(index)[:-1].tolist(), tokenizer, manifest.answer_marker) for index in range(count)
     ]
-    return EvaluationSet(name, manifest, [document for document in documents if document.tokens])
+    documents = [document for document in documents if document.tokens]
+    if not documents:
+        raise UserError(f"{directory} has only empty documents in its {split} split")
+    return EvaluationSet(name, manifest, documents)
 
 
 def make_document(tokens: list[int], tokenizer: Tokenizer, marker: str | None) -> Document:
@@ -71,20 +97,32 @@ def make_document(tokens: list[int], tokenizer: Tokenizer, marker: str | None) -
     return Document(tokens, len(text.encode()), start)
 
 
-def windows(documents: list[Document], eos_id: int, length: int, batch: int) -> Iterator[tuple[list[int], Tensor]]:
+def document_windows(number: int, document: Document, eos_id: int, length: int) -> list[Window]:
+    """The windows of one document; an answer longer than a window is in none of them."""
+    sequence = [eos_id, *document.tokens]
+    starts = range(0, len(document.tokens), length)
+    last = max(0, len(document.tokens) - length)
+    answer = document.num_answer_tokens if document.num_answer_tokens <= length else 0
+    rows = [Window(number, sequence[at : at + length + 1], True, answer if at == last else 0) for at in starts]
+    if answer and last not in starts:
+        rows.append(Window(number, sequence[last:], False, answer))
+    return rows
+
+
+def windows(documents: list[Document], eos_id: int, length: int, batch: int) -> Iterator[tuple[list[Window], Tensor]]:
     """Batches of windows, padded on the right with `IGNORE` after the model's inputs.
 
-    Yields: for each row the document it belongs to (rows of one document follow one another), and int64 [B, S+1]
-    sequences, where position s+1 is the target of position s.
+    Yields: the windows (those of one document follow one another), and their tokens as int64 [B, S+1], where position
+    s+1 is the target of position s.
     """
-    rows = []
-    for number, document in enumerate(documents):
-        sequence = [eos_id, *document.tokens]
-        for start in range(0, len(document.tokens), length):
-            rows.append((number, sequence[start : start + length + 1]))
+    rows = [
+        window
+        for number, document in enumerate(documents)
+        for window in document_windows(number, document, eos_id, length)
+    ]
     for first in range(0, len(rows), batch):
         members = rows[first : first + batch]
-        block = np.full((len(members), max(len(sequence) for _, sequence in members)), IGNORE, np.int64)
-        for row, (_, sequence) in enumerate(members):
-            block[row, : len(sequence)] = sequence
-        yield [number for number, _ in members], torch.from_numpy(block)
+        block = np.full((len(members), max(len(window.tokens) for window in members)), IGNORE, np.int64)
+        for row, window in enumerate(members):
+            block[row, : len(window.tokens)] = window.tokens
+        yield members, torch.from_numpy(block)

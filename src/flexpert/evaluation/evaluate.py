@@ -8,17 +8,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from flexpert.assembly.record import select_experts
 from flexpert.baselines.btm import btm_nll
-from flexpert.baselines.soup import soup
+from flexpert.baselines.soup import check_shapes, soup
 from flexpert.checkpoint.digest import tokenizer_digest
-from flexpert.checkpoint.huggingface import experts_of, load_model
+from flexpert.checkpoint.huggingface import ModelDirectory, experts_of, load_model
 from flexpert.config.stages import EvaluateConfig
 from flexpert.errors import UserError
 from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
 from flexpert.model.transformer import Transformer
 from flexpert.records import write_record
-from flexpert.stage import set_up_process
+from flexpert.stage import claim_directory, set_up_process
 
 MODEL = "model"
 
@@ -50,36 +51,103 @@ class Evaluation:
 
 
 def run(config: EvaluateConfig, resolved: str) -> None:
-    """Write `output_dir/evaluation.json` and print its table."""
+    """Write `output_dir/evaluation.json` and print its table.
+
+    Raises:
+        UserError: a data set, the model, a baseline or `output_dir` cannot be used as the config says; nothing has
+            been scored or written then.
+    """
     device = set_up_process(config.device, config.parallel.threads)
     sets = [
         load_set(name, Path(path), config.data.split, config.data.max_documents)
         for name, path in config.data.dirs.items()
     ]
-    digest = tokenizer_digest(Path(config.model))
+    model = ModelDirectory.open(Path(config.model))
+    check_data(model, sets)
+    check_vocabulary("model", model, sets)
+    check_experts(config, model)
+    check_baselines(config, sets)
+    output = Path(config.output_dir)
+    claim_directory(output, resolved, "auto")
+    evaluation = Evaluation(config, sets, device)
+    evaluation.add_flex(MODEL, config.exclude, config.active_experts)
+    if config.leave_one_out:
+        leave_one_out(evaluation)
+    for active in config.sweep_active_experts:
+        evaluation.add_flex(f"active {active}", config.exclude, active)
+    add_baselines(evaluation)
+    domains = {data.name: {"documents": len(data.documents), "bytes": data.num_bytes} for data in sets}
+    content = {"exclude": config.exclude, "domains": domains, "methods": evaluation.methods}
+    write_record(output / "evaluation.json", "flexpert.evaluation", content)
+    Console().print(bits_table(content))
+    print(output / "evaluation.json")
+
+
+def check_data(model: ModelDirectory, sets: list[EvaluationSet]) -> None:
+    """Raises `UserError` where a data set holds tokens of another tokenizer than the model's."""
+    digest = tokenizer_digest(model.path)
     for data in sets:
         if data.manifest.tokenizer_digest != digest:
             raise UserError(
                 f"data.dirs.{data.name}={data.manifest.directory} was tokenised with another tokenizer than "
-                f"{config.model} has: prepare it again with tokenizer={config.model}"
+                f"{model.path} has: prepare it again with tokenizer={model.path}"
             )
-    evaluation = Evaluation(config, sets, device)
-    evaluation.add_flex(MODEL, config.exclude, config.active_experts)
-    experts = evaluation.methods[MODEL]["experts"]
-    if config.leave_one_out:
-        for expert in experts[1:]:
-            evaluation.add_flex(f"without {expert}", [*config.exclude, expert], None)
-    for active in config.sweep_active_experts:
-        evaluation.add_flex(f"active {active}", config.exclude, active)
-    add_baselines(evaluation)
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    domains = {data.name: {"documents": len(data.documents), "bytes": data.num_bytes} for data in sets}
-    content = {"exclude": config.exclude, "domains": domains, "methods": evaluation.methods}
-    (output / "resolved.yaml").write_text(resolved, encoding="utf-8")
-    write_record(output / "evaluation.json", "flexpert.evaluation", content)
-    Console().print(bits_table(content))
-    print(output / "evaluation.json")
+
+
+def check_vocabulary(key: str, model: ModelDirectory, sets: list[EvaluationSet]) -> None:
+    """Raises `UserError` where a data set can hold token ids that the model under this key has no embedding for."""
+    for data in sets:
+        if data.manifest.vocab_size > model.config.vocab:
+            raise UserError(
+                f"data.dirs.{data.name}={data.manifest.directory} has a vocabulary of {data.manifest.vocab_size}, but "
+                f"{key}={model.path} embeds {model.config.vocab} tokens: its tokenizer is not the one it was trained "
+                "with"
+            )
+
+
+def check_experts(config: EvaluateConfig, model: ModelDirectory) -> None:
+    """Raises `UserError` where the config excludes or activates experts that the model does not have."""
+    counts = [("sweep_active_experts", number) for number in config.sweep_active_experts]
+    if config.active_experts is not None:
+        counts.insert(0, ("active_experts", config.active_experts))
+    if not model.experts:
+        for key in ("exclude", "active_experts", "sweep_active_experts"):
+            if getattr(config, key):
+                raise UserError(f"{key}={getattr(config, key)}: {model.path} is a dense model, it has no experts")
+        return
+    left = len(select_experts({"experts": [{"id": name} for name in model.experts]}, config.exclude))
+    for key, number in counts:
+        if number > left:
+            raise UserError(f"{key}: {number} is more than the {left} experts of {model.path} that are left")
+
+
+def check_baselines(config: EvaluateConfig, sets: list[EvaluationSet]) -> None:
+    """Raises `UserError` where a baseline is not a dense model with the model's tokenizer, or cannot be averaged."""
+    paths = {f"baselines.dense.{name}": path for name, path in config.baselines.dense.items()}
+    if config.baselines.public is not None:
+        paths = {"baselines.public": config.baselines.public, **paths}
+    models = {key: ModelDirectory.open(Path(path)) for key, path in paths.items()}
+    digest = tokenizer_digest(Path(config.model))
+    for key, model in models.items():
+        if model.experts:
+            raise UserError(f"{key}={model.path} is a mixture of experts; give a dense model")
+        if tokenizer_digest(model.path) != digest:
+            raise UserError(
+                f"{key}={model.path} has another tokenizer than model={config.model}; give a model with the same one"
+            )
+        check_vocabulary(key, model, sets)
+    if config.baselines.dense and config.baselines.soup:
+        check_shapes(list(models.values()))
+
+
+def leave_one_out(evaluation: Evaluation) -> None:
+    """Take out each owner's expert in turn, with as many active experts as the evaluated model has, or all left."""
+    config, whole = evaluation.config, evaluation.methods[MODEL]
+    left = len(whole["experts"]) - 1
+    for expert in whole["experts"]:
+        if expert != "public" and left > 0:
+            active = min(whole["active_experts"], left)
+            evaluation.add_flex(f"without {expert}", [*config.exclude, expert], active)
 
 
 def add_baselines(evaluation: Evaluation) -> None:

@@ -20,7 +20,12 @@ def read_prompt(config: GenerateConfig) -> str:
             return Path(config.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompt_file={config.prompt_file} cannot be read: {error}") from None
-    return sys.stdin.read() if config.prompt == "-" else config.prompt
+    if config.prompt != "-":
+        return config.prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
 
 
 def run(config: GenerateConfig, resolved: str) -> None:

@@ -1,6 +1,6 @@
 """Score held-out documents with one model: likelihood, answers and routing.
 
-Shapes: B windows, S positions, L layers, E experts.
+Shapes: B windows, S positions, T their tokens without padding, D residual width, V vocabulary, L layers, E experts.
 """
 
 import math
@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from flexpert.evaluation.documents import EvaluationSet, windows
 from flexpert.model.loss import IGNORE
 from flexpert.model.transformer import Transformer
+
+#: Tokens whose logits are in memory at a time.
+CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -22,44 +26,62 @@ class Scores:
 
     Attributes:
         nll: per document, the negative log-likelihood of each token, nats.
-        right: per document, whether each token is the model's first choice given those before.
+        answers: per document whose answer fits a window, whether greedy decoding gives exactly that answer.
         routing: share of the router weight that each expert has, [documents, L, E]; None for a dense model.
     """
 
     nll: list[NDArray[np.float64]]
-    right: list[NDArray[np.bool_]]
+    answers: list[bool]
     routing: NDArray[np.float64] | None
 
 
 @torch.no_grad()
 def score(model: Transformer, data: EvaluationSet, length: int, batch: int) -> Scores:
-    """Run the model over every document once."""
+    """Run the model over every document once, and over the end of those whose answer needs a window of its own.
+
+    Greedy decoding reproduces a known continuation if and only if each of its tokens is the first choice given the
+    ones before, so one forward pass judges an answer.
+    """
     device = model.head.weight.device
     nll: list[list[NDArray[np.float64]]] = [[] for _ in data.documents]
-    right: list[list[NDArray[np.bool_]]] = [[] for _ in data.documents]
+    answers: list[bool] = []
     experts, layers = model.config.num_experts, model.config.num_layers
     routing = np.zeros((len(data.documents), layers, experts)) if experts else None
-    for owners, block in windows(data.documents, data.manifest.eos_id, length, batch):
+    for members, block in windows(data.documents, data.manifest.eos_id, length, batch):
         block = block.to(device)
-        inputs, targets = block[:, :-1].clamp(min=0), block[:, 1:]
-        hidden = model(inputs)
-        logits = model.head(hidden.stream_BSD).float()
-        picked = logits.gather(2, targets.clamp(min=0)[..., None])[..., 0]
-        loss = (logits.logsumexp(2) - picked).double().cpu().numpy()
-        first = (logits.argmax(2) == targets).cpu().numpy()
-        valid = (targets != IGNORE).cpu().numpy()
-        shares = None
+        inputs_BS, targets_T = block[:, :-1].clamp(min=0), block[:, 1:].flatten()
+        hidden = model(inputs_BS)
+        valid_T = targets_T != IGNORE
+        nll_T, first_T = predict(model.head, hidden.stream_BSD.flatten(0, 1)[valid_T], targets_T[valid_T])
+        shares_TLE = None
         if routing is not None:
-            shares = np.stack([weight_shares(r.weights_TK, r.indices_TK, experts) for r in hidden.routings], axis=1)
-            shares = shares.reshape(*valid.shape, layers, experts)
-        for row, owner in enumerate(owners):
-            nll[owner].append(loss[row][valid[row]])
-            right[owner].append(first[row][valid[row]])
-            if routing is not None and shares is not None:
-                routing[owner] += shares[row][valid[row]].sum(0)
+            by_layer = [weight_shares(r.weights_TK[valid_T], r.indices_TK[valid_T], experts) for r in hidden.routings]
+            shares_TLE = np.stack(by_layer, axis=1)
+        end = 0
+        for window in members:
+            tokens = slice(end, end + len(window.tokens) - 1)
+            end = tokens.stop
+            if window.counted:
+                nll[window.document].append(nll_T[tokens])
+                if routing is not None and shares_TLE is not None:
+                    routing[window.document] += shares_TLE[tokens].sum(0)
+            if window.num_answer_tokens:
+                answers.append(bool(first_T[end - window.num_answer_tokens : end].all()))
     if routing is not None:
         routing /= routing.sum(-1, keepdims=True)
-    return Scores([np.concatenate(part) for part in nll], [np.concatenate(part) for part in right], routing)
+    return Scores([np.concatenate(part) for part in nll], answers, routing)
+
+
+def predict(
+    head: nn.Module, hidden_TD: torch.Tensor, targets_T: torch.Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Each target's negative log-likelihood, nats, and whether it is the first choice; a chunk's logits at a time."""
+    nll, first = [], []
+    for rows_TD, rows_T in zip(torch.split(hidden_TD, CHUNK_TOKENS), torch.split(targets_T, CHUNK_TOKENS), strict=True):
+        logits_TV = head(rows_TD).float()
+        nll.append(logits_TV.logsumexp(1) - logits_TV.gather(1, rows_T[:, None])[:, 0])
+        first.append(logits_TV.argmax(1) == rows_T)
+    return torch.cat(nll).double().cpu().numpy(), torch.cat(first).cpu().numpy()
 
 
 def weight_shares(weights_TK: torch.Tensor, indices_TK: torch.Tensor, experts: int) -> NDArray[np.float64]:
@@ -73,26 +95,12 @@ def bits_per_byte(nll: list[NDArray[np.float64]], data: EvaluationSet) -> float:
     return float(sum(part.sum() for part in nll)) / math.log(2) / data.num_bytes
 
 
-def answer_accuracy(scores: Scores, data: EvaluationSet) -> float | None:
-    """Share of documents whose answer greedy decoding would give, exactly, after the text before it.
-
-    Greedy decoding reproduces a known continuation if and only if each of its tokens is the first choice given the
-    ones before, so one forward pass decides it. None where the data has no answers.
-    """
-    verdicts = [
-        bool(right[document.answer_start :].all())
-        for right, document in zip(scores.right, data.documents, strict=True)
-        if document.answer_start is not None
-    ]
-    return sum(verdicts) / len(verdicts) if verdicts else None
-
-
 def summary(scores: Scores, data: EvaluationSet, experts: list[str]) -> dict[str, Any]:
-    """What evaluation.json says of one model on one data set."""
+    """What evaluation.json says of one model on one data set; `answers` counts the documents of `answer_accuracy`."""
     result: dict[str, Any] = {"bits_per_byte": bits_per_byte(scores.nll, data)}
-    accuracy = answer_accuracy(scores, data)
-    if accuracy is not None:
-        result["answer_accuracy"] = accuracy
+    if scores.answers:
+        result["answer_accuracy"] = sum(scores.answers) / len(scores.answers)
+        result["answers"] = len(scores.answers)
     if scores.routing is not None:
         tokens = np.array([len(document.tokens) for document in data.documents], dtype=np.float64)
         by_layer = np.average(scores.routing, axis=0, weights=tokens)

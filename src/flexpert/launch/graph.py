@@ -1,12 +1,16 @@
-"""The graph of a pipeline: which stages, with which overrides, after which others. Launchers only start and watch.
+"""The graph of a pipeline: which stages, with which overrides, after which others. `walk` brings it to completion.
 
 A node's record (`RUN/stages/NODE.json`) says with which overrides and from which inputs its output was made, and the
-SHA-256 of every file of it. A node is complete when its record agrees with all three.
+SHA-256 of every file of it. A node is complete when its record agrees with all three. An output without a record is
+what an interrupted run left, and is made again.
+
+In a stage's overrides the pipeline's defaults (seed, monitor) come first, then the user's own, then what ties the
+stages together: the user's win over the former, and cannot undo the latter.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexpert.config.stages import PipelineConfig
 from flexpert.errors import UserError
@@ -24,6 +28,7 @@ class Node:
         output: file or directory whose content the nodes after it read.
         needs: names of the nodes that must be complete before.
         alone: gets the whole machine; the others share it.
+        always: is cheap and reads more than the outputs of what it needs: runs again whenever the pipeline does.
     """
 
     name: str
@@ -32,63 +37,80 @@ class Node:
     output: Path
     needs: tuple[str, ...] = ()
     alone: bool = False
+    always: bool = False
 
 
 def quoted(path: Path | str) -> str:
     return f'"{path}"'
 
 
+def monitor_defaults(config: PipelineConfig, own: list[str]) -> list[str]:
+    """The pipeline's monitor settings; those of a group that the user chose for the stage itself are left alone."""
+    monitor = config.monitor
+    defaults = [f"monitor.group={monitor.group or config.pipeline.name}"]
+    if any(override.startswith("monitor=") for override in own):
+        return defaults  # Hydra sets keys after groups, whatever the order: they would undo the choice
+    defaults += [f"monitor.{key}={getattr(monitor, key)}" for key in ("log_interval", "wandb", "project")]
+    return defaults + ([f"monitor.entity={monitor.entity}"] if monitor.entity is not None else [])
+
+
 def build_graph(config: PipelineConfig) -> list[Node]:
     """The nodes in an order in which each comes after what it needs."""
     run, graph = Path(config.output_dir), config.pipeline
     seed = f"seed={config.seed}"
-    monitor = [f"monitor.{key}={getattr(config.monitor, key)}" for key in ("log_interval", "wandb", "project")]
-    monitor.append(f"monitor.group={config.monitor.group or graph.name}")
-    if config.monitor.entity is not None:
-        monitor.append(f"monitor.entity={config.monitor.entity}")
-    training = [seed, *monitor]
+    public_data = run / "data/public"
     nodes: list[Node] = []
 
-    def add(name: str, stage: str, overrides: list[str], output: str, needs: list[str], alone: bool = False) -> None:
-        nodes.append(Node(name, stage, tuple(overrides), run / output, tuple(needs), alone))
+    def add(
+        name: str, stage: str, overrides: list[str], output: str, needs: list[str],
+        alone: bool = False, always: bool = False,
+    ) -> None:  # fmt: skip
+        nodes.append(Node(name, stage, tuple(overrides), run / output, tuple(needs), alone, always))
+
+    def training(own: list[str]) -> list[str]:
+        return [seed, *monitor_defaults(config, own)]
 
     data = {"public": graph.public_data, **{name: [*graph.prepare, *own] for name, own in graph.experts.items()}}
-    tokenizer = run / "data/public/tokenizer" if graph.base is None else Path(graph.base)
-    for name, overrides in data.items():
+    tokenizer = public_data / "tokenizer" if graph.base is None else Path(graph.base)
+    for name, own in data.items():
         needs = [] if name == "public" or graph.base is not None else ["data/public"]
-        own_tokenizer = [] if name == "public" and graph.base is None else [f"tokenizer={tokenizer}"]
-        output = [f"output_dir={run / 'data' / name}", seed]
-        add(f"data/{name}", "prepare", [*overrides, *own_tokenizer, *output], f"data/{name}", needs)
+        wiring = [] if name == "public" and graph.base is None else [f"tokenizer={tokenizer}"]
+        wiring.append(f"output_dir={run / 'data' / name}")
+        add(f"data/{name}", "prepare", [seed, *own, *wiring], f"data/{name}", needs)
     base, base_needs = Path(graph.base or run / "public/model"), ["public"] if graph.base is None else []
     if graph.base is None:
-        overrides = [f"data.dir={run / 'data/public'}", *graph.public, *training, f"output_dir={run / 'public'}"]
+        wiring = [f"data.dir={public_data}", f"output_dir={run / 'public'}"]
+        overrides = [*training(graph.public), *graph.public, *wiring]
         add("public", "pretrain", overrides, "public/model", ["data/public"], alone=True)
     for name in graph.experts:
-        overrides = [f"base={base}", f"data.dir={run / 'data' / name}", f"name={name}", *graph.expert]
-        overrides += [f"router.public_data={run / 'data/public'}", *training, f"output_dir={run / 'experts' / name}"]
+        defaults = [*training(graph.expert), f"router.public_data={public_data}"]
+        wiring = [f"base={base}", f"data.dir={run / 'data' / name}", f"name={name}"]
+        overrides = [*defaults, *graph.expert, *wiring, f"output_dir={run / 'experts' / name}"]
         needs = [*base_needs, f"data/{name}", "data/public"]
         add(f"experts/{name}", "expert", overrides, f"experts/{name}/contribution", needs)
     for name in graph.experts if graph.dense is not None else ():
-        overrides = [f"base={base}", f"data.dir={run / 'data' / name}", *(graph.dense or [])]
-        overrides += [*training, f"output_dir={run / 'dense' / name}"]
+        own = graph.dense or []
+        wiring = [f"base={base}", f"data.dir={run / 'data' / name}", f"output_dir={run / 'dense' / name}"]
+        overrides = [*training(own), *own, *wiring]
         add(f"dense/{name}", "pretrain", overrides, f"dense/{name}/model", [*base_needs, f"data/{name}"])
     contributions = ",".join(quoted(run / "experts" / name / "contribution") for name in graph.experts)
-    overrides = [f"base={base}", f"contributions=[{contributions}]", *graph.assemble, f"output_dir={run / 'assembled'}"]
+    overrides = [*graph.assemble, f"base={base}", f"contributions=[{contributions}]", f"output_dir={run / 'assembled'}"]
     add("assembled", "assemble", overrides, "assembled", [*base_needs, *(f"experts/{name}" for name in graph.experts)])
     model, model_node = run / "assembled", "assembled"
     if graph.tune_router is not None:
-        overrides = [f"model={model}", *graph.tune_router, *training, f"output_dir={run / 'tuned'}"]
+        wiring = [f"model={model}", f"output_dir={run / 'tuned'}"]
+        overrides = [*training(graph.tune_router), *graph.tune_router, *wiring]
         add("tuned", "tune_router", overrides, "tuned/model", ["assembled", *(f"data/{name}" for name in data)])
         model, model_node = run / "tuned/model", "tuned"
     dirs = ",".join(f"{name}:{quoted(run / 'data' / name)}" for name in data)
-    overrides = [f"model={model}", f"data.dirs={{{dirs}}}", f"baselines.public={base}", *graph.evaluate]
+    overrides = [*graph.evaluate, f"model={model}", f"data.dirs={{{dirs}}}", f"baselines.public={base}"]
     if graph.dense is not None:
         dense = ",".join(f"{name}:{quoted(run / 'dense' / name / 'model')}" for name in graph.experts)
         overrides.append(f"baselines.dense={{{dense}}}")
     overrides.append(f"output_dir={run / 'evaluation'}")
     everything = [node.name for node in nodes if node.stage != "prepare"]
     add("evaluation", "evaluate", overrides, "evaluation/evaluation.json", [model_node, *everything], alone=True)
-    add("report", "report", [f"run={run}"], "report.html", ["evaluation"])
+    add("report", "report", [f"run={run}"], "report.html", ["evaluation"], always=True)  # it reads pipeline.yaml too
     return nodes
 
 
@@ -96,6 +118,7 @@ class Records:
     """The records of a run's nodes."""
 
     def __init__(self, run: Path) -> None:
+        self.run = run
         self.directory = run / "stages"
 
     def path(self, node: Node) -> Path:
@@ -104,32 +127,72 @@ class Records:
     def digest(self, node: Node) -> str:
         return sha256_hex(canonical_json(read_record(self.path(node), "flexpert.stage")))
 
-    def expected(self, node: Node, graph: dict[str, Node]) -> dict[str, Any]:
-        inputs = {name: self.digest(graph[name]) for name in node.needs}
-        return {"stage": node.stage, "overrides": list(node.overrides), "inputs": inputs}
+    def inputs(self, node: Node, graph: dict[str, Node]) -> dict[str, str]:
+        return {name: self.digest(graph[name]) for name in node.needs}
+
+    def complete(self, nodes: list[Node]) -> set[str]:
+        """Names of the nodes that are complete together with all that they need.
+
+        Raises:
+            UserError: as `is_complete`, whether what the node needs is complete or not.
+        """
+        graph = {node.name: node for node in nodes}
+        names: set[str] = set()
+        for node in nodes:
+            if names.issuperset(node.needs):
+                if self.is_complete(node, graph):
+                    names.add(node.name)
+            elif self.is_recorded(node):
+                self.check_overrides(node)
+        return names
+
+    def is_recorded(self, node: Node) -> bool:
+        return not node.always and node.output.exists() and self.path(node).exists()
 
     def is_complete(self, node: Node, graph: dict[str, Node]) -> bool:
-        """Whether the node's output is there, whole, and made as the graph says.
+        """Whether the node's output is there, whole, and made as the graph says; what it needs must be complete.
 
         Raises:
             UserError: the output was made with other overrides or from other inputs, or was altered since.
         """
-        if not node.output.exists() or not self.path(node).exists():
+        if not self.is_recorded(node):
             return False
+        self.check_overrides(node)
         record = read_record(self.path(node), "flexpert.stage")
-        advice = f"choose another output_dir, or delete {node.output} and {self.path(node)} to make it again"
-        for key, value in self.expected(node, graph).items():
-            if record[key] != value:
-                changed = "overrides" if key != "inputs" else "inputs"
-                raise UserError(f"{node.output} was made with other {changed}: {advice}")
+        if record["inputs"] != self.inputs(node, graph):
+            raise self.conflict(node, "was made from other inputs")
         if record["files"] != output_files(node.output):
-            raise UserError(f"{node.output} was altered after it was made: {advice}")
+            raise self.conflict(node, "was altered after it was made")
         return True
+
+    def check_overrides(self, node: Node) -> None:
+        record = read_record(self.path(node), "flexpert.stage")
+        if (record["stage"], record["overrides"]) != (node.stage, list(node.overrides)):
+            raise self.conflict(node, "was made with other overrides")
+
+    def conflict(self, node: Node, what: str) -> UserError:
+        advice = f"choose another output_dir, or delete {node.output} and {self.path(node)} to make it again"
+        return UserError(f"{node.output} {what}: {advice}")
+
+    def discard(self, node: Node) -> None:
+        """Delete what an interrupted run left of a node that is about to start: its output or its record.
+
+        What a training stage keeps beside its output, and resumes from, stays. So does the output of a node that runs
+        always, which replaces it in one piece.
+        """
+        assert node.output.is_relative_to(self.run) and node.output != self.run, node
+        self.path(node).unlink(missing_ok=True)
+        if node.always:
+            return
+        if node.output.is_dir() and not node.output.is_symlink():
+            shutil.rmtree(node.output)
+        else:
+            node.output.unlink(missing_ok=True)
 
     def write(self, node: Node, graph: dict[str, Node]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        content = {**self.expected(node, graph), "files": output_files(node.output)}
-        write_record(self.path(node), "flexpert.stage", content)
+        recipe = {"stage": node.stage, "overrides": list(node.overrides), "inputs": self.inputs(node, graph)}
+        write_record(self.path(node), "flexpert.stage", {**recipe, "files": output_files(node.output)})
 
 
 def output_files(output: Path) -> dict[str, str]:

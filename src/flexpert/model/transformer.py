@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from flexpert.config.groups import ModelConfig
 from flexpert.model.attention import Attention, KeyValueCache, document_mask, rotary_tables
-from flexpert.model.moe import ExpertGroup, FeedForward, MixtureOfExperts
+from flexpert.model.moe import FeedForward, MixtureOfExperts
 from flexpert.model.norm import RMSNorm
-from flexpert.model.router import Router, Routing
+from flexpert.model.router import Routing
 
 
 class Hidden(NamedTuple):
@@ -127,6 +127,3 @@ def initialise(model: Transformer, seed: int) -> None:
         else:
             generator = torch.Generator().manual_seed((seed << 20) + index)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-__all__ = ["Block", "ExpertGroup", "Hidden", "Router", "Transformer", "build_on_meta", "initialise"]

@@ -36,7 +36,10 @@ def wandb_mode(config: MonitorConfig) -> str:
     """off, offline or online. Raises `UserError` when W&B is asked for by name and is not installed."""
     installed = importlib.util.find_spec("wandb") is not None
     if config.wandb == "auto":
-        return "off" if not installed else "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        site = os.environ.get("WANDB_MODE", "")
+        if not installed or site == "disabled":
+            return "off"
+        return "online" if os.environ.get("WANDB_API_KEY") and site != "offline" else "offline"
     if config.wandb != "off" and not installed:
         raise UserError(f"monitor.wandb={config.wandb} needs the wandb extra: pip install flexpert[wandb]")
     return config.wandb

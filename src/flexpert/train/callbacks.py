@@ -33,7 +33,7 @@ class Callback:
 
 
 class ValidLoss(Callback):
-    """Mean negative log-likelihood over the first sequences of the valid split, every `interval` steps."""
+    """Mean negative log-likelihood over some sequences of the valid split, always the same, every `interval` steps."""
 
     def __init__(self, windows: TokenWindows, interval: int, num_sequences: int) -> None:
         self.windows, self.interval = windows, interval
@@ -43,7 +43,7 @@ class ValidLoss(Callback):
         if trainer.step % self.interval and trainer.step != trainer.num_steps:
             return
         total = 0.0
-        size = trainer.config.train.microbatch
+        size = trainer.config.train.microbatch_sequences
         with torch.no_grad():
             for start in range(0, self.num_sequences, size):
                 sequences = self.windows.sequences(start, min(size, self.num_sequences - start))
@@ -85,11 +85,8 @@ class Checkpoints(Callback):
     def __init__(self, directory: Path, interval: int, keep: int) -> None:
         self.directory, self.interval, self.keep = directory, interval, keep
 
-    def before_run(self, trainer: "Trainer") -> None:
-        self.done = trainer.step
-
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         if trainer.step % self.interval == 0 or trainer.step == trainer.num_steps:
-            counters = {"skipped_steps": trainer.skipped_steps}
-            distributed.save(self.directory, trainer.step, trainer.model, trainer.optimizer, counters)
+            extra = {"skipped_steps": trainer.skipped_steps, "inputs": trainer.inputs}
+            distributed.save(self.directory, trainer.step, trainer.model, trainer.optimizer, extra)
             distributed.retain(self.directory, self.keep)

@@ -16,12 +16,12 @@ from flexpert.checkpoint.huggingface import ModelDirectory, fill, job_tensor_map
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import ExpertConfig
 from flexpert.contribution.pack import pack
-from flexpert.contribution.record import ExpertIdentity
-from flexpert.data.dataset import DataManifest, MixedWindows, TokenWindows, read_manifest
+from flexpert.contribution.record import ExpertIdentity, check_identity
+from flexpert.data.dataset import MixedWindows, TokenWindows, read_manifest
 from flexpert.data.embed import RouterStart, router_start
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
-from flexpert.stage import claim_directory, set_up_process
+from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.freeze import cast_frozen, frozen_digest, train_only
 from flexpert.train.loop import Trainer
 from flexpert.train.pretrain import check_lengths, check_tokenizer
@@ -39,34 +39,38 @@ def run(config: ExpertConfig, resolved: str) -> None:
     base = ModelDirectory.open(Path(config.base))
     if base.experts:
         raise UserError(f"base={config.base} is a mixture; an expert is trained against a dense public model")
-    if base.dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"base={config.base} is stored as {base.dtype}; convert it to bfloat16 or float32 first")
+    dtype = base.require_one_dtype()
+    identity = ExpertIdentity(config.name, config.title or config.name, config.license)
+    check_identity(identity, "expert")
     check_lengths(config.train.sequence_length, base.config.max_sequence_length)
     manifest = read_manifest(Path(config.data.dir))
     check_tokenizer(base.path, manifest)
-    if config.router.public_data is not None:
-        check_tokenizer(base.path, read_manifest(Path(config.router.public_data)))
-    device = set_up_process(config.train.device, config.parallel.threads)
     output = Path(config.output_dir)
-    claim_directory(output, resolved, config.resume)
+    check_directory(output, resolved, config.resume)
     contribution = output / "contribution"
     if contribution.exists():
         print(f"{contribution} is complete")
         return
 
+    device = set_up_process(config.train.device, config.parallel.threads)
+    mixture = calibration_windows(config, base)
     digest = base_digest(base.path)
     model = build_job(base, config, device)
-    trainer = Trainer(model, config, "expert", manifest, device, resolved)
+    trainer = Trainer(model, config, "expert", manifest, device, resolved, inputs={"base": digest})
+    claim_directory(output, resolved, config.resume)
     trainer.run()
-    if config.router.calibration_steps:
-        calibrate(model, config, manifest, device, resolved)
+    if mixture is not None:
+        train_only(model, lambda name: name.endswith((".router.weight.1", ".router.bias.1")))
+        short = calibration_config(config)
+        Path(short.output_dir).mkdir(exist_ok=True)
+        Trainer(model, short, "calibrate", manifest, device, resolved, mixture, {"base": digest}).run()
     frozen = job_tensor_map(model.config, expert=False)
-    if frozen_digest(model, frozen, base.dtype, tokenizer_digest(base.path)) != digest:
+    if frozen_digest(model, frozen, dtype, tokenizer_digest(base.path)) != digest:
         raise AssertionError("a frozen tensor changed during training: the contribution is not written")
     pack(
         contribution,
-        tensors=expert_tensors(model, base.dtype),
-        identity=ExpertIdentity(config.name, config.title or config.name, config.license),
+        tensors=expert_tensors(model, dtype),
+        identity=identity,
         base_digest=digest,
         architecture={
             "hidden_size": base.config.hidden_size,
@@ -83,28 +87,31 @@ def run(config: ExpertConfig, resolved: str) -> None:
     print(contribution)
 
 
-def calibrate(
-    model: Transformer, config: ExpertConfig, manifest: DataManifest, device: torch.device, resolved: str
-) -> None:
-    """Fit the owner's row and bias alone, on own text mixed with public text.
+def calibration_windows(config: ExpertConfig, base: ModelDirectory) -> MixedWindows | None:
+    """Own text mixed with public text, or None where no calibration is asked for.
 
     Trained on own text only, a row learns to claim everything. A few steps in which public text pulls it back need no
     other owner's data and take most of the assembled model's harm on public text away.
     """
-    assert config.router.public_data is not None
+    router = config.router
+    if router.public_data is not None:
+        check_tokenizer(base.path, read_manifest(Path(router.public_data)))
+    if not router.calibration_steps:
+        return None
+    assert router.public_data is not None
+    sources = (Path(config.data.dir), Path(router.public_data))
+    own, public = (TokenWindows(source, "train", config.train.sequence_length, config.seed) for source in sources)
+    return MixedWindows(own, public, router.calibration_public_share)
+
+
+def calibration_config(config: ExpertConfig) -> ExpertConfig:
+    """The config of the steps that fit the row and bias alone."""
     train = replace(config.train, steps=config.router.calibration_steps, tokens=None, evaluation_interval=None)
     optim = replace(
         config.optim, lr=config.router.calibration_lr, router_lr=None, schedule="linear", warmup_steps=0,
         final_lr_ratio=0.0, horizon_steps=None,
     )  # fmt: skip
-    output = Path(config.output_dir) / "calibration"
-    output.mkdir(exist_ok=True)
-    sources = (manifest.directory, Path(config.router.public_data))
-    own, public = (TokenWindows(source, "train", train.sequence_length, config.seed) for source in sources)
-    windows = MixedWindows(own, public, config.router.calibration_public_share)
-    train_only(model, lambda name: name.endswith((".router.weight.1", ".router.bias.1")))
-    short = replace(config, train=train, optim=optim, output_dir=str(output))
-    Trainer(model, short, "calibrate", manifest, device, resolved, windows).run()
+    return replace(config, train=train, optim=optim, output_dir=str(Path(config.output_dir) / "calibration"))
 
 
 def job_config(base: ModelConfig, bias: bool) -> ModelConfig:
@@ -114,7 +121,9 @@ def job_config(base: ModelConfig, bias: bool) -> ModelConfig:
 def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) -> Transformer:
     """The two-expert model: all of the public model, the second FFN a copy of the first, rows as configured."""
     public = load_model(base.path, device=device)[0]
-    start = router_start(public, config.router, Path(config.data.dir), config.train.sequence_length, config.seed)
+    start = router_start(
+        public, config.router, Path(config.data.dir), config.train.sequence_length, config.seed, config.name
+    )
     del public
     model = build_on_meta(job_config(base.config, config.router.bias), (1, 1)).to_empty(device=device)
     for expert in (False, True):
@@ -122,7 +131,7 @@ def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) 
     set_rows(model, start)
     train_only(model, lambda name: any(part in name for part in OWN))
     if device.type == "cuda":
-        cast_frozen(model, torch.bfloat16)
+        cast_frozen(model, base.require_one_dtype())
     return model
 
 

@@ -17,7 +17,10 @@ def train_only(model: Transformer, trained: Callable[[str], bool]) -> None:
 
 
 def cast_frozen(model: Transformer, dtype: torch.dtype) -> None:
-    """Hold frozen parameters in the compute type alone: no fp32 copy of them exists."""
+    """Hold frozen parameters in the type that their files have, which loses nothing; autocast does the rest.
+
+    A bf16 base is then held in bf16 alone, with no fp32 copy.
+    """
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

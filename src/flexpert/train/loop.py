@@ -15,8 +15,10 @@ from torch import Tensor
 from flexpert.checkpoint import distributed
 from flexpert.config.stages import TrainingStage
 from flexpert.data.dataset import DataManifest, MixedWindows, TokenWindows, document_ids
+from flexpert.errors import UserError
 from flexpert.model.loss import chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
+from flexpert.records import sha256_file
 from flexpert.train.callbacks import Callback, Checkpoints, Records, ValidLoss
 from flexpert.train.optimizer import build_optimizer, set_learning_rate
 
@@ -46,6 +48,7 @@ class Trainer:
         device: where to compute; bf16 autocast on CUDA, fp32 on the CPU.
         resolved: the resolved config, for the records.
         windows: sequences to train on; None: those of the manifest's train split.
+        inputs: digests of what else the run is made from; a checkpoint of a run with other inputs is refused.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Trainer:
         device: torch.device,
         resolved: str,
         windows: TokenWindows | MixedWindows | None = None,
+        inputs: dict[str, str] | None = None,
     ) -> None:
         self.model, self.config, self.manifest, self.device = model, config, manifest, device
         self.output = Path(config.output_dir)
@@ -64,6 +68,7 @@ class Trainer:
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.optimizer = build_optimizer(model, config.optim)
         self.windows = windows or TokenWindows(manifest.directory, "train", config.train.sequence_length, config.seed)
+        self.inputs = {"data": sha256_file(manifest.directory / "manifest.json"), **(inputs or {})}
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
         if config.train.evaluation_interval is not None:
@@ -75,9 +80,16 @@ class Trainer:
             self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint.interval, config.checkpoint.keep))
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: the checkpoint is damaged, or the data or the base was replaced since.
+        """
         if saved := distributed.steps(self.checkpoints):
             record = distributed.load(self.checkpoints, saved[-1], self.model, self.optimizer)
+            for name, digest in self.inputs.items():
+                if record["inputs"].get(name) != digest:
+                    raise UserError(f"{self.output} was begun with another {name}: choose another output_dir")
             self.step, self.skipped_steps = record["step"], record["skipped_steps"]
             print(f"resuming {self.output} from step {self.step}", flush=True)
 
@@ -119,8 +131,8 @@ class Trainer:
         lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
         sequences = self.windows.sequences(self.step * train.batch_sequences, train.batch_sequences)
         sums = torch.zeros(3, device=self.device)
-        for start in range(0, len(sequences), train.microbatch):
-            losses = self.losses(sequences[start : start + train.microbatch])
+        for start in range(0, len(sequences), train.microbatch_sequences):
+            losses = self.losses(sequences[start : start + train.microbatch_sequences])
             total = losses.nll + train.z_loss * losses.z + train.router_z_loss * losses.router_z
             torch.autograd.backward(total / train.batch_tokens)
             sums += torch.stack([part.detach() for part in losses])
@@ -137,7 +149,10 @@ class Trainer:
             print(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped", flush=True)
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise FloatingPointError(f"{MAX_SKIPPED} steps in a row without a finite loss and gradient")
+            raise UserError(
+                f"{MAX_SKIPPED} steps in a row without a finite loss and gradient: "
+                f"lower optim.lr (now {config.optim.lr}) or look at the data"
+            )
         self.step += 1
         nll, z, router_z = (sums / train.batch_tokens).tolist()
         seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ from flexpert.data.dataset import DataManifest, read_manifest
 from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
-from flexpert.stage import claim_directory, set_up_process
+from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.loop import Trainer
 
 VOCAB_MULTIPLE = 128
@@ -24,17 +24,17 @@ def run(config: PretrainConfig, resolved: str) -> None:
     manifest = read_manifest(Path(config.data.dir))
     output = Path(config.output_dir)
     device = set_up_process(config.train.device, config.parallel.threads)
-    build = build_model if config.base is None else load_base
-    model = build(config, manifest)
-    claim_directory(output, resolved, config.resume)
+    check_directory(output, resolved, config.resume)
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
         return
-    model = model.to(device)
-    Trainer(model, config, "pretrain", manifest, device, resolved).run()
+    build = build_model if config.base is None else load_base
+    trainer = Trainer(build(config, manifest).to(device), config, "pretrain", manifest, device, resolved)
+    claim_directory(output, resolved, config.resume)
+    trainer.run()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with atomic_directory(output / "model") as directory:
-        save_model(model, directory, load_tokenizer(manifest.tokenizer_dir), dtype)
+        save_model(trainer.model, directory, load_tokenizer(manifest.tokenizer_dir), dtype)
     print(output / "model")
 
 
@@ -69,7 +69,9 @@ def check_lengths(sequence_length: int, longest: int) -> None:
 
 
 def check_tokenizer(model: Path, manifest: DataManifest) -> None:
-    """Raises `UserError` when the data was prepared with another tokenizer than the model's."""
+    """Raises `UserError` when the data was prepared with another tokenizer than the model's, or does not fit it."""
+    if ModelDirectory.open(model).config.vocab < manifest.vocab_size:
+        raise UserError(f"{model} has fewer rows of embedding than the {manifest.vocab_size} tokens of its tokenizer")
     if tokenizer_digest(model) != manifest.tokenizer_digest:
         raise UserError(
             f"the data in {manifest.directory} was tokenised with another tokenizer than {model} has: "

@@ -8,7 +8,8 @@ from flexpert.config.groups import OptimConfig
 def lr_factor(config: OptimConfig, step: int, num_steps: int) -> float:
     """Factor of the peak learning rate in optimiser step `step` (the first is 0).
 
-    Linear warm-up from 0 over `warmup_steps`, then cosine, linear or constant down to `final_lr_ratio` at the horizon.
+    Linear warm-up from 0 over `warmup_steps`, then constant, or cosine or linear down to `final_lr_ratio` at the
+    horizon.
     The horizon may lie beyond the run: the public model of FlexOlmo stops a cosine laid out for 5T tokens at 1T.
     """
     if step < config.warmup_steps:

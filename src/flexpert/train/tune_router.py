@@ -19,7 +19,8 @@ from flexpert.checkpoint.store import atomic_directory
 from flexpert.config.stages import TuneRouterConfig
 from flexpert.data.dataset import read_manifest
 from flexpert.model.transformer import Transformer
-from flexpert.stage import claim_directory, set_up_process
+from flexpert.records import sha256_file
+from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.freeze import cast_frozen, train_only
 from flexpert.train.loop import Trainer
 from flexpert.train.pretrain import check_lengths, check_tokenizer
@@ -35,18 +36,22 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
     read_assembly(source)
     manifest = read_manifest(Path(config.data.dir))
     check_tokenizer(source, manifest)
-    device = set_up_process(config.train.device, config.parallel.threads)
-    model, directory = load_model(source, active_experts=config.active_experts, device=device)
-    check_lengths(config.train.sequence_length, model.config.max_sequence_length)
-    claim_directory(output, resolved, config.resume)
+    check_directory(output, resolved, config.resume)
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
         return
+    device = set_up_process(config.train.device, config.parallel.threads)
+    model, directory = load_model(source, active_experts=config.active_experts, device=device)
+    check_lengths(config.train.sequence_length, model.config.max_sequence_length)
+    dtype = directory.require_one_dtype()
     train_only(model, lambda name: ".router.weight." in name)
     if device.type == "cuda":
-        cast_frozen(model, torch.bfloat16)
-    Trainer(model, config, "tune_router", manifest, device, resolved).run()
-    write_tuned(model, source, output / "model", directory.dtype)
+        cast_frozen(model, dtype)
+    inputs = {"model": sha256_file(source / "assembly.json")}
+    trainer = Trainer(model, config, "tune_router", manifest, device, resolved, inputs=inputs)
+    claim_directory(output, resolved, config.resume)
+    trainer.run()
+    write_tuned(model, source, output / "model", dtype)
     print(output / "model")
 
 

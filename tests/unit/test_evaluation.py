@@ -1,0 +1,309 @@
+"""What an evaluation says: likelihood, answers, ensembles and removals, each against its definition."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy import write_texts
+
+from flexpert.baselines.btm import btm_nll
+from flexpert.checkpoint.huggingface import load_model, save_model
+from flexpert.cli import run_stage
+from flexpert.data.tokenizer import load_tokenizer
+from flexpert.evaluation.documents import Document, EvaluationSet, document_windows, load_set
+from flexpert.evaluation.score import CHUNK_TOKENS, score, summary
+from flexpert.model.generate import generate
+from flexpert.model.transformer import Transformer, build_on_meta, initialise
+
+Refused = Callable[..., AbstractContextManager[None]]
+LENGTH = 12
+
+
+def write_model(road: Path, directory: Path, seed: int, **shape: int) -> Path:
+    """A model of random weights, large enough that every part of it counts, with the road's tokenizer."""
+    public = load_model(road / "public/model")[0]
+    model = build_on_meta(replace(public.config, initializer_range=0.5, **shape)).to_empty(device="cpu")
+    initialise(model, seed)
+    directory.mkdir()
+    save_model(model, directory, load_tokenizer(road / "public/model"), torch.float32)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """mixture: public, expert-1, expert-2, two active; dense and other: dense; questions: data with answers."""
+    root = tmp_path_factory.mktemp("models")
+    write_model(road, root / "mixture", 1, num_experts=3, active_experts=2)
+    write_model(road, root / "dense", 2)
+    write_model(road, root / "other", 3)
+    (root / "texts").mkdir()
+    for number in range(12):
+        answer = f"{number} birds" + " and nine cats" * (20 if number % 3 == 0 else 0)
+        text = f"{'the cat saw ' * number}how many? Answer: {answer}" if number % 4 else f"no question {number}"
+        (root / "texts" / f"{number:02d}.txt").write_text(text)
+    run_stage(
+        "prepare",
+        [f"data.documents={root}/texts/*.txt", "data.answer_marker=Answer:", f"tokenizer={road}/data/public/tokenizer",
+         "valid_fraction=0.1", f"output_dir={root}/questions"],
+    )  # fmt: skip
+    return root
+
+
+def evaluate(road: Path, model: Path, output: Path, *overrides: str) -> dict[str, Any]:
+    given = {override.partition("=")[0] for override in overrides}
+    defaults = [
+        f"model={model}", f"data.dirs={{public:{road}/data/public,letters:{road}/data/letters}}",
+        f"sequence_length={LENGTH}", "data.max_documents=3", f"output_dir={output}",
+    ]  # fmt: skip
+    run_stage("evaluate", [*(d for d in defaults if d.partition("=")[0] not in given), *overrides])
+    return json.loads((output / "evaluation.json").read_text())  # type: ignore[no-any-return]
+
+
+def token_by_token(directory: Path, data: EvaluationSet) -> list[list[float]]:
+    """Each token's negative log-likelihood in fp64: one forward pass over all that comes before it in its window."""
+    model = load_model(directory, dtype=torch.float64)[0]
+    result = []
+    for document in data.documents:
+        nll = []
+        for place, token in enumerate(document.tokens):
+            begin = place // LENGTH * LENGTH
+            context = [data.manifest.eos_id, *document.tokens][begin : place + 1]
+            probs = model.logits(torch.tensor([context]))[0, -1].softmax(0)
+            nll.append(-math.log(probs[token]))
+        result.append(nll)
+    return result
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture"])
+def test_bits_per_byte_is_what_each_token_costs_after_those_before_it(
+    name: str, road: Path, models: Path, tmp_path: Path
+) -> None:
+    record = evaluate(road, models / name, tmp_path / "out", "batch_sequences=3")
+    for domain in ("public", "letters"):
+        data = load_set(domain, road / "data" / domain, "valid", 3)
+        num_bytes = sum(len(load_tokenizer(road / "public/model").decode(d.tokens).encode()) for d in data.documents)
+        bits = sum(map(sum, token_by_token(models / name, data))) / math.log(2) / num_bytes
+        assert any(len(document.tokens) > LENGTH for document in data.documents)
+        assert record["methods"]["model"]["domains"][domain]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+        assert record["domains"][domain] == {"documents": 3, "bytes": num_bytes}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_ensemble_averages_probabilities_by_what_came_before(
+    temperature: float, road: Path, models: Path, tmp_path: Path
+) -> None:
+    data = load_set("letters", road / "data/letters", "valid", 3)
+    members = [score(load_model(models / name)[0], data, LENGTH, 4).nll for name in ("dense", "other")]
+    ensemble = btm_nll(members, temperature)
+    total = 0.0
+    for index, document in enumerate(data.documents):
+        evidence = [1.0, 1.0]  # each member's probability of the text so far
+        for place in range(len(document.tokens)):
+            probs = [math.exp(-member[index][place]) for member in members]
+            weights = [value ** (1 / temperature) for value in evidence]
+            mixed = sum(w * p for w, p in zip(weights, probs, strict=True)) / sum(weights)
+            assert ensemble[index][place] == pytest.approx(-math.log(mixed), rel=1e-9)
+            evidence = [e * p for e, p in zip(evidence, probs, strict=True)]
+            evidence = [value / max(evidence) for value in evidence]
+            total -= math.log2(mixed)
+    baselines = [f"baselines.public={models}/dense", f"baselines.dense={{letters:{models}/other}}"]
+    record = evaluate(
+        road, models / "mixture", tmp_path / "out", *baselines, f"baselines.btm_temperature={temperature}"
+    )
+    bits = record["methods"]["btm"]["domains"]["letters"]["bits_per_byte"]
+    assert bits == pytest.approx(total / data.num_bytes, rel=1e-9)
+
+
+def decoded(model: Transformer, document: Document, eos_id: int) -> bool:
+    """Whether greedy decoding gives the answer after as much of the text before it as a window holds."""
+    sequence = [eos_id, *document.tokens][-(LENGTH + 1) :]
+    count = document.num_answer_tokens
+    new = generate(model, torch.tensor([sequence[:-count]]), count, eos_id)
+    return new[0].tolist() == sequence[-count:]
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture"])
+def test_answer_accuracy_is_that_of_greedy_decoding(name: str, road: Path, models: Path) -> None:
+    """Answers are the model's own, half of them with one token changed; questions are shorter and longer than a
+    window, so that answers begin anywhere in the windows of the likelihood."""
+    model = load_model(models / name)[0]
+    source = load_set("letters", road / "data/letters", "valid", 1)
+    eos_id = source.manifest.eos_id
+    generator = torch.Generator().manual_seed(0)
+    documents = []
+    for number in range(24):
+        question = torch.randint(2, 256, (1 + 2 * number,), generator=generator).tolist()
+        count = 1 + number % 5
+        context = [eos_id, *question][-(LENGTH + 1 - count) :]
+        answer = generate(model, torch.tensor([context]), count, eos_id)[0].tolist()
+        if number % 2:
+            answer[number % len(answer)] ^= 1
+        documents.append(Document([*question, *answer], 50, len(question)))
+    too_long = Document(list(range(40, 80)), 40, 40 - LENGTH - 1)
+    unanswered = Document(list(range(40, 80)), 40, None)
+    data = EvaluationSet("letters", source.manifest, [*documents, too_long, unanswered])
+    found = summary(score(model, data, LENGTH, 5), data, [f"expert-{i}" for i in range(model.config.num_experts)])
+    verdicts = [decoded(model, document, eos_id) for document in documents]
+    assert 0 < sum(verdicts) < len(verdicts)
+    assert found["answers"] == len(documents)
+    assert found["answer_accuracy"] == sum(verdicts) / len(verdicts)
+
+
+def test_windows_for_answers_are_no_part_of_the_likelihood(road: Path, models: Path) -> None:
+    model = load_model(models / "mixture")[0]
+    source = load_set("letters", road / "data/letters", "valid", 3)
+    asked = [replace(document, answer_start=len(document.tokens) - 2) for document in source.documents]
+    plain = score(model, source, LENGTH, 1)
+    with_answers = score(model, replace(source, documents=asked), LENGTH, 1)
+    for one, other in zip(plain.nll, with_answers.nll, strict=True):
+        assert np.array_equal(one, other)
+    assert plain.routing is not None and with_answers.routing is not None
+    assert np.array_equal(plain.routing, with_answers.routing)
+    assert plain.answers == [] and len(with_answers.answers) == 3
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6, 7, 12, 13])
+@pytest.mark.parametrize("answer", [0, 1, 6, 7])
+def test_windows_hold_every_token_once_and_an_answer_at_most_once(tokens: int, answer: int) -> None:
+    document = Document(list(range(100, 100 + tokens)), tokens, tokens - answer if 0 < answer <= tokens else None)
+    rows = document_windows(0, document, 7, 6)
+    assert [token for row in rows if row.counted for token in row.tokens[1:]] == document.tokens
+    judging = [row for row in rows if row.num_answer_tokens]
+    assert len(judging) == (0 < document.num_answer_tokens <= 6)
+    for row in judging:
+        assert row.num_answer_tokens == document.num_answer_tokens
+        assert row.tokens == [7, *document.tokens][-7:]
+
+
+def test_the_record_counts_documents_with_an_answer_that_fits(road: Path, models: Path, tmp_path: Path) -> None:
+    dirs = f"data.dirs={{questions:{models}/questions,letters:{road}/data/letters}}"
+    output = tmp_path / "out"
+    record = evaluate(road, models / "dense", output, dirs, "data.split=train", "data.max_documents=null")
+    found = record["methods"]["model"]["domains"]
+    data = load_set("questions", models / "questions", "train", None)
+    eos_id, model = data.manifest.eos_id, load_model(models / "dense")[0]
+    answers = [document for document in data.documents if document.answer_start is not None]
+    fitting = [document for document in answers if document.num_answer_tokens <= LENGTH]
+    assert 0 < len(fitting) < len(answers) < len(data.documents)
+    verdicts = [decoded(model, document, eos_id) for document in fitting]
+    assert found["questions"]["answers"] == len(fitting)
+    assert found["questions"]["answer_accuracy"] == sum(verdicts) / len(verdicts)
+    assert found["letters"].keys() == {"bits_per_byte"}
+
+
+def test_no_more_logits_than_a_chunk_are_held(road: Path, models: Path) -> None:
+    model = load_model(models / "dense")[0]
+    source = load_set("letters", road / "data/letters", "valid", 1)
+    data = replace(source, documents=[Document([5, 6, 7, 8] * 80, 320, None)] * 7)
+    whole = score(model, data, 64, 1)
+    rows: list[int] = []
+    model.head.register_forward_hook(lambda _, __, logits: rows.append(logits.shape[0]))
+    chunked = score(model, data, 64, 100)
+    assert sum(rows) == 7 * 320 and max(rows) == CHUNK_TOKENS
+    for one, other in zip(whole.nll, chunked.nll, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_leaving_one_out_changes_nothing_but_that_expert(road: Path, models: Path, tmp_path: Path) -> None:
+    methods = evaluate(road, models / "mixture", tmp_path / "a", "leave_one_out=true", "active_experts=1")["methods"]
+    assert list(methods) == ["model", "without expert-1", "without expert-2"]
+    assert [method["active_experts"] for method in methods.values()] == [1, 1, 1]
+    alone = evaluate(road, models / "mixture", tmp_path / "b", "exclude=[expert-1]", "active_experts=1")["methods"]
+    assert methods["without expert-1"] == alone["model"]
+    methods = evaluate(road, models / "mixture", tmp_path / "c", "leave_one_out=true", "active_experts=3")["methods"]
+    assert [method["active_experts"] for method in methods.values()] == [3, 2, 2]
+
+
+def test_leaving_one_out_where_the_public_expert_is_excluded(road: Path, models: Path, tmp_path: Path) -> None:
+    options = ["leave_one_out=true", "exclude=[public]"]
+    methods = evaluate(road, models / "mixture", tmp_path / "a", *options)["methods"]
+    assert {name: method["experts"] for name, method in methods.items()} == {
+        "model": ["expert-1", "expert-2"],
+        "without expert-1": ["expert-2"],
+        "without expert-2": ["expert-1"],
+    }
+    assert [method["active_experts"] for method in methods.values()] == [2, 1, 1]
+    options = ["leave_one_out=true", "exclude=[public,expert-2]"]
+    methods = evaluate(road, models / "mixture", tmp_path / "b", *options)["methods"]
+    assert list(methods) == ["model"], "nothing would be left without expert-1"
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "parts"),
+    [
+        ("mixture", ["exclude=[nobody]"], ["nobody", "expert-1"]),
+        ("mixture", ["exclude=[public,expert-1,expert-2]"], ["no expert would be left"]),
+        ("mixture", ["active_experts=4"], ["active_experts: 4", "3 experts"]),
+        ("mixture", ["exclude=[expert-1]", "active_experts=3"], ["active_experts: 3", "2 experts"]),
+        ("mixture", ["exclude=[expert-1]", "sweep_active_experts=[1,3]"], ["sweep_active_experts: 3", "2 experts"]),
+        ("dense", ["active_experts=1"], ["active_experts=1", "dense model"]),
+        ("dense", ["sweep_active_experts=[1]"], ["sweep_active_experts=[1]", "dense model"]),
+        ("dense", ["exclude=[public]"], ["exclude=['public']", "dense model"]),
+        ("mixture", ["baselines.public={models}/mixture"], ["baselines.public", "mixture"]),
+        ("mixture", ["baselines.dense={{math:{models}/nowhere}}"], ["nowhere"]),
+        ("mixture", ["output_dir={models}/texts/01.txt"], ["01.txt"]),
+        ("mixture", ["output_dir={models}/texts/01.txt/out"], ["01.txt/out", "cannot be written"]),
+        ("mixture", ["output_dir={models}/texts"], ["texts", "choose another output_dir"]),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_scored(
+    model: str,
+    overrides: list[str],
+    parts: list[str],
+    road: Path,
+    models: Path,
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flexpert.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    given = [override.format(models=models) if "{models}" in override else override for override in overrides]
+    with refused(*parts):
+        evaluate(road, models / model, tmp_path / "out", *given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_baseline_of_another_tokenizer_vocabulary_or_shape(
+    road: Path, models: Path, tmp_path: Path, refused: Refused
+) -> None:
+    write_texts(tmp_path / "texts", ["other", "words", "here"], 10, seed=3)
+    run_stage(
+        "prepare",
+        [f"data.documents={tmp_path}/texts/*.txt", "train_tokenizer.vocab_size=310", "valid_fraction=0.3",
+         f"output_dir={tmp_path}/data"],
+    )  # fmt: skip
+    foreign = write_model(road, tmp_path / "foreign", 4)
+    load_tokenizer(tmp_path / "data/tokenizer").copy_to(foreign)
+    small = write_model(road, tmp_path / "small", 4, vocab_size=128)
+    wide = write_model(road, tmp_path / "wide", 4, intermediate_size=56)
+    out, public = tmp_path / "out", f"baselines.public={models}/dense"
+    with refused("baselines.dense.math", "another tokenizer"):
+        evaluate(road, models / "mixture", out, public, f"baselines.dense={{math:{foreign}}}")
+    with refused("baselines.public", "another tokenizer"):
+        evaluate(road, models / "mixture", out, f"baselines.public={foreign}")
+    with refused("baselines.dense.math", "embeds 128 tokens"):
+        evaluate(road, models / "mixture", out, f"baselines.dense={{math:{small}}}")
+    with refused("model=", "embeds 128 tokens", "data.dirs.public"):
+        evaluate(road, small, out)
+    with refused("another shape", "baselines.soup=false"):
+        evaluate(road, models / "mixture", out, public, f"baselines.dense={{math:{wide}}}")
+    assert not out.exists()
+    methods = evaluate(
+        road, models / "mixture", out, public, f"baselines.dense={{math:{wide}}}", "baselines.soup=false"
+    )["methods"]
+    assert list(methods) == ["model", "public", "dense math", "btm"]
+
+
+def test_a_directory_keeps_its_configuration(road: Path, models: Path, tmp_path: Path, refused: Refused) -> None:
+    first = evaluate(road, models / "mixture", tmp_path / "out")
+    assert evaluate(road, models / "mixture", tmp_path / "out") == first
+    with refused("holds another configuration", "active_experts"):
+        evaluate(road, models / "mixture", tmp_path / "out", "active_experts=1")
+    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == first
