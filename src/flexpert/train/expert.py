@@ -1,8 +1,8 @@
 """`flexpert expert`: one owner's expert, trained beside the frozen public model (FlexOlmo, expert training).
 
 The model is a two-expert mixture whose parts are held apart: the public FFN, trunk and router row are frozen by
-construction (no gradient, no optimiser state, no fp32 copy), the owner's FFN, row and bias are trained. Both experts
-run on every token; the router sets only the mixture.
+construction (no gradient, no optimiser state, no copy in another type), the owner's FFN, row and bias are trained. Both
+experts run on every token; the router sets only the mixture.
 """
 
 from dataclasses import replace
