@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,12 @@ def test_a_wandb_run_holds_numbers_and_choices_and_nothing_else(tmp_path: Path) 
         run.log({"step": step, "tokens": 100 * step, "loss": 3.25 / step})
     run.close()
 
-    files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    # W&B's own process may still be writing when `finish` has returned.
+    for _ in range(100):
+        files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        if any(b"expert-math" in content and b"loss" in content for content in files.values()):
+            break
+        time.sleep(0.1)
     synced = {path: content for path, content in files.items() if "logs" not in path.parts and path.suffix != ".log"}
     record = b"".join(content for path, content in synced.items() if path.suffix == ".wandb")
     for expected in (b"optim.lr", b"0.003", b"train.steps", b"loss", b"expert-math"):
