@@ -39,14 +39,13 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run one stage. Exit status: 0 done, 1 a defect of ours (with traceback), 2 a mistake in the input (one line)."""
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return
-    if arguments[0] in ("-V", "--version"):
-        print(__version__)
-        return
     try:
-        run_stage(arguments[0], arguments[1:])
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+        elif arguments[0] in ("-V", "--version"):
+            print(__version__)
+        else:
+            run_stage(arguments[0], arguments[1:])
     except UserError as error:
         print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        print("flexpert: interrupted", file=sys.stderr)
+        print("flexpert: interrupted; a training stage or pipeline goes on when it is started again", file=sys.stderr)
         sys.exit(130)
 
 

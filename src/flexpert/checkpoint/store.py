@@ -35,7 +35,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         UserError: `final` exists already, or its parent cannot be written.
     """
     if final.exists():
-        raise UserError(f"{final} exists already; remove it or choose another output_dir")
+        raise UserError(f"{final} exists already; choose another output_dir")
     host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

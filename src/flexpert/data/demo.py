@@ -486,15 +486,12 @@ CORPORA: dict[str, Callable[[int], Iterator[str]]] = {"public": _public}
 CORPORA |= {name: functools.partial(_private, name) for name in SOURCES}
 
 
-@functools.cache
-def documents(name: str, seed: int = 0) -> tuple[str, ...]:
+def documents(name: str, seed: int = 0) -> Iterator[str]:
     """Documents of one corpus: a deterministic function of the name, the seed and the Python version.
-
-    Kept: they take seconds to make, and `prepare` reads them twice where it trains a tokenizer.
 
     Raises:
         UserError: there is no corpus of that name.
     """
     if name not in CORPORA:
         raise UserError(f"there is no demo corpus {name!r}: choose one of {', '.join(CORPORA)}")
-    return tuple(CORPORA[name](seed))
+    return CORPORA[name](seed)

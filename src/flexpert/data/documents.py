@@ -1,5 +1,6 @@
 """Documents from files: JSON lines (plain, gzip, zstd), parquet, plain text, or the demo's own corpora."""
 
+import functools
 import glob
 import gzip
 import json
@@ -12,6 +13,12 @@ from flexpert.errors import UserError
 
 DEMO_PREFIX = "demo:"
 ZSTD_READ_BYTES = 128 << 10
+
+
+@functools.cache
+def demo_documents(name: str, seed: int) -> tuple[str, ...]:
+    """Kept: they take seconds to make, and `prepare` reads them twice where it trains a tokenizer."""
+    return tuple(demo.documents(name, seed))
 
 
 def read_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
@@ -29,7 +36,7 @@ def read_documents(source: str, text_field: str, seed: int) -> Iterator[str]:
         name = source.removeprefix(DEMO_PREFIX)
         if name not in demo.CORPORA:
             raise UserError(f"data.documents={source}: there is no demo corpus '{name}'; {', '.join(demo.CORPORA)}")
-        yield from demo.documents(name, seed)
+        yield from demo_documents(name, seed)
         return
     found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))  # a name may hold [ ]
     paths = [Path(path) for path in found if Path(path).is_file()]

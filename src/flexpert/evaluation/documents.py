@@ -75,7 +75,10 @@ def load_set(name: str, directory: Path, split: str, max_documents: int | None) 
     source = IndexedTokens(directory / split)
     count = len(source) if max_documents is None else min(len(source), max_documents)
     if count == 0:
-        raise UserError(f"{directory} has no document in its {split} split")
+        raise UserError(
+            f"{directory} has no document in its {split} split: prepare it with a larger valid_fraction, or choose "
+            "another data.split"
+        )
     documents = [
         make_document(source.document(index)[:-1].tolist(), tokenizer, manifest.answer_marker) for index in range(count)
     ]
