@@ -23,8 +23,6 @@ from flexpert.errors import UserError
 from flexpert.fields import FileEntry, require
 from flexpert.records import read_json
 
-__all__ = ["remove", "select_experts"]
-
 
 def remove(model: Path, experts: Sequence[str], output: Path, *, record_removed: bool = False) -> AssemblyRecord:
     """Write an assembled model without some of its experts.

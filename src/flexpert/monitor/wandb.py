@@ -10,7 +10,7 @@ from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
 
 #: Groups and keys whose numbers and switches W&B may see. Paths, titles, prompts and anything new stay here.
-ALLOWED_GROUPS = ("model.", "optim.", "train.", "parallel.", "checkpoint.")
+ALLOWED_GROUPS = ("model.", "optim.", "train.")
 ALLOWED_KEYS = ("router.bias", "seed")
 #: Keys whose text it may see: choices and the expert's id.
 ALLOWED_TEXT = ("optim.schedule", "train.device", "router.init", "name")
