@@ -53,10 +53,11 @@ class LocalLauncher:
         log = open(self.logs / f"{node.name.replace('/', '.')}.log", "ab")  # noqa: SIM115 (closed when the job ends)
         log.write(f"--- {node.name}: started {datetime.now().astimezone().isoformat(timespec='seconds')}\n".encode())
         log.flush()
+        log_start = log.tell()  # before the child, which shares this position, writes
         command = [sys.executable, "-m", "flexpert", node.stage, *node.overrides]
         # A session of its own: Ctrl-C reaches this process alone, which then stops the stages in order.
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        self.jobs.append(Job(node, process, log, log.tell(), time.monotonic()))
+        self.jobs.append(Job(node, process, log, log_start, time.monotonic()))
 
     def poll(self) -> list[Ended]:
         over = [job for job in self.jobs if job.process.poll() is not None]
