@@ -1,6 +1,7 @@
 """Taking an expert out: excluding at load, removing on disk and never having assembled it are one and the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from toy import train
 
 from flexpert.checkpoint.huggingface import load_model
 from flexpert.cli import run_stage
+from flexpert.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,17 @@ def test_the_directories_are_equal_file_by_file(federation: Path) -> None:
     assert names == {path.name for path in (federation / "removed").iterdir()}
     for name in names:
         assert (federation / "never" / name).read_bytes() == (federation / "removed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["trunk.safetensors", "router.safetensors", "expert-notes.safetensors"])
+def test_a_truncated_model_is_refused_before_the_output_is_claimed(
+    name: str, road: Path, federation: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(federation / "all", tmp_path / "all") / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{name} is truncated"):
+        evaluate(road, tmp_path, "all", "evaluated")
+    assert not (tmp_path / "evaluated").exists()
 
 
 def test_nothing_of_the_removed_expert_is_left(federation: Path) -> None:

@@ -12,12 +12,22 @@ import torch
 from safetensors.torch import save_file
 
 from flexpert.checkpoint.digest import base_digest, digest_tensor
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.layout import Architecture
 from flexpert.contribution.pack import pack
-from flexpert.contribution.record import Architecture, ExpertIdentity, contribution_digest, expert_shapes
+from flexpert.contribution.record import ExpertIdentity, contribution_digest, expert_shapes
 from flexpert.errors import UserError
 from flexpert.records import write_record
 
-ARCHITECTURE = Architecture(hidden_size=24, num_hidden_layers=3, intermediate_size=40)
+ARCHITECTURE = Architecture(
+    hidden_size=24,
+    num_hidden_layers=3,
+    intermediate_size=40,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=3e-5,
+    rope_theta=1234.0,
+)
 VOCABULARY = 101
 
 
@@ -48,21 +58,19 @@ def write_tokenizer(directory: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_base() -> Callable[..., Path]:
-    """`make_base(directory, dtype=torch.float32, shard_size="5GB")`: the same values for every directory."""
+    """`make_base(directory, dtype=torch.float32, shard_size="5GB", …)`: the same values for every directory; further
+    arguments are sizes other than `ARCHITECTURE`'s."""
 
-    def make(directory: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB") -> Path:
+    def make(directory: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **sizes: int) -> Path:
         from transformers import Olmo2Config, Olmo2ForCausalLM
 
+        shape = ARCHITECTURE.to_json() | sizes
+        rope_theta = shape.pop("rope_theta")
         config = Olmo2Config(
-            hidden_size=ARCHITECTURE.hidden_size,
-            intermediate_size=ARCHITECTURE.intermediate_size,
-            num_hidden_layers=ARCHITECTURE.num_hidden_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **shape,
             vocab_size=VOCABULARY,
             max_position_embeddings=77,
-            rms_norm_eps=3e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 1234.0},
+            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
             pad_token_id=3,
             eos_token_id=5,
         )
@@ -90,9 +98,11 @@ def base(shared_base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shared_base, tmp_path / "base"))
 
 
-def random_expert(seed: int, bias: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def random_expert(
+    seed: int, bias: bool, dtype: torch.dtype, architecture: Architecture = ARCHITECTURE
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = expert_shapes(ARCHITECTURE, bias)
+    shapes = expert_shapes(architecture, bias)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
@@ -113,12 +123,13 @@ def make_contribution() -> Callable[..., Path]:
         dtype: torch.dtype = torch.float32,
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
+        architecture = ModelDirectory.open(base).architecture
         return pack(
             directory,
-            tensors=random_expert(seed, bias, dtype) if tensors is None else tensors,
+            tensors=random_expert(seed, bias, dtype, architecture) if tensors is None else tensors,
             identity=identity(directory.name),
             base_digest=base_digest(base),
-            architecture=ARCHITECTURE.to_json(),
+            architecture=architecture,
             router={"bias": bias, "init": "zero"},
             training={"steps": 7, "tokens": 7000},
         )

@@ -5,9 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexpert.assembly import base as base_module
 from flexpert.assembly.assemble import assemble
 from flexpert.assembly.record import read_assembly
+from flexpert.checkpoint import layout
 from flexpert.checkpoint.digest import base_digest
+from flexpert.cli import run_stage
 from flexpert.contribution.verify import read_contribution
 from flexpert.records import sha256_file
 
@@ -104,8 +105,9 @@ def test_every_default_that_differs_between_the_two_configs_is_written_out() -> 
     ours, theirs = Olmo2Config().to_dict(), FlexOlmoConfig().to_dict()
     differing = {key: value for key, value in ours.items() if value != theirs.get(key)}
     del differing["model_type"]
-    assert differing.pop("rope_parameters")["rope_theta"] == base_module.OLMO2_ROPE_THETA
-    assert differing == base_module.OLMO2_DEFAULTS
+    differing["rope_theta"] = differing.pop("rope_parameters")["rope_theta"]
+    assert differing == layout.OLMO2_DEFAULTS
+    assert {"rope_theta": theirs["rope_parameters"]["rope_theta"]} == layout.FLEX_OLMO_DEFAULTS
 
 
 def test_the_record_says_what_is_there(shared_base: Path, contributions: list[Path], tmp_path: Path) -> None:
@@ -157,16 +159,51 @@ def test_a_sharded_base_gives_the_same_model(
     assert content(tmp_path / "first") == content(tmp_path / "second")
 
 
-def test_tied_embeddings_stay_tied(base: Path, make_contribution: Maker, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, ("num_attention_heads 4", "2")),
+        ({"rms_norm_eps": 1e-6}, ("rms_norm_eps 3e-05", "1e-06")),
+        ({"rope_parameters": None, "rope_theta": 500}, ("rope_theta 1234.0", "500.0")),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}, ("rope_theta 1234.0", "1000000.0")),
+    ],
+    ids=["heads", "epsilon", "theta", "theta of the older name"],
+)
+def test_a_base_of_the_same_tensors_that_computes_something_else_is_refused(
+    change: dict[str, Any],
+    differing: tuple[str, str],
+    base: Path,
+    contributions: list[Path],
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    before = base_digest(base)
+    edit_config(base, **change)
+    assert base_digest(base) == before
+    with refused(contributions[0], base, *differing):
+        assemble(base, contributions, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
-    weights = load_file(base / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    edit_config(base, tie_word_embeddings=True)
-    assemble(base, [make_contribution(tmp_path / "math", base)], tmp_path / "model")
-    model = load(tmp_path / "model")
-    assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1234.0, "factor": 8.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"head_dim": 8},
+        {"hidden_act": "gelu"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_base_that_flexpert_does_not_compute_is_refused(
+    change: dict[str, Any], base: Path, contributions: list[Path], tmp_path: Path, refused: Refused
+) -> None:
+    edit_config(base, **change)
+    name = next(iter(change))
+    with refused(base / "config.json", "rope_type" if name.startswith("rope") else name, "does not compute"):
+        assemble(base, contributions, tmp_path / "model")
 
 
 def test_a_router_with_bias_keeps_it_and_a_plain_loader_refuses_it(
@@ -275,54 +312,59 @@ def test_a_base_that_is_not_a_whole_olmo2_is_refused(
     with refused(base / "tokenizer.json"):
         assemble(base, contributions, output)
     (tmp_path / "tokenizer.json").rename(base / "tokenizer.json")
-    edit_config(base, architectures=["LlamaForCausalLM"])
-    with refused(base / "config.json", "LlamaForCausalLM", "Olmo2ForCausalLM"):
+    edit_config(base, model_type="llama")
+    with refused(base / "config.json", "llama", "olmo2"):
         assemble(base, contributions, output)
-    edit_config(base, architectures=["Olmo2ForCausalLM"])
+    edit_config(base, model_type="olmo2")
     assemble(base, contributions, output)
+    with refused(output, "mixture"):
+        assemble(output, contributions, tmp_path / "twice")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import flexpert.assembly.assemble, flexpert.assembly.tensors, flexpert.checkpoint.store
-
-module, function, calls = sys.modules[sys.argv[1]], sys.argv[2], int(sys.argv[3])
-original = getattr(module, function)
-
-def die_at_last_call(*arguments):
-    global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments)
-
-setattr(module, function, die_at_last_call)
-base, *contributions, output = map(Path, sys.argv[4:])
-flexpert.assembly.assemble.assemble(base, contributions, output)
-"""
+@pytest.fixture(scope="module")
+def wide(make_base: Maker, make_contribution: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, x, y, z: large enough that assembling them takes a while. model: what it must give."""
+    folder = tmp_path_factory.mktemp("wide")
+    base = make_base(folder / "base", intermediate_size=40_000)
+    assemble(base, [make_contribution(folder / name, base, seed=ord(name)) for name in "xyz"], folder / "model")
+    return folder
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        ("flexpert.assembly.tensors", "all_finite", 40),  # in the middle of a file
-        ("flexpert.assembly.assemble", "write_tensors", 4),  # between two files
-        ("flexpert.assembly.assemble", "write_assembly", 1),  # before the record
-        ("flexpert.checkpoint.store", "fsync_tree", 1),  # before the rename
-    ],
-    ids=lambda moment: moment[1],
-)
+@pytest.mark.parametrize("begun", ["", "expert-public.safetensors", "expert-z.safetensors"])
 def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_run_succeeds(
-    moment: tuple[str, str, int], shared_base: Path, contributions: list[Path], tmp_path: Path
+    begun: str, wide: Path, tmp_path: Path
 ) -> None:
+    """The command is killed when its temporary directory is there, or this file in it, which is then not whole."""
     output = tmp_path / "models" / "model"
-    arguments = [*map(str, moment), str(shared_base), *map(str, contributions), str(output)]
-    process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    assert not output.exists()
-    assert len(list(output.parent.iterdir())) == 1  # the temporary directory: the kill came in the middle
-    record = assemble(shared_base, contributions, output)
+    overrides = [f"base={wide}/base", f"contributions={wide}/x,{wide}/y,{wide}/z", f"output_dir={output}"]
+    command = [sys.executable, "-m", "flexpert", "assemble", *overrides]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not list(output.parent.glob(f".model.*.partial/{begun}")):
+            time.sleep(0.001)
+        process.kill()
+        _, error = process.communicate()
+    assert process.returncode == -signal.SIGKILL, error.decode()
+    (leftover,) = output.parent.iterdir()
+    assert leftover.name.startswith(".model.")
+    assert not (leftover / "assembly.json").exists()
+
+    subprocess.run(command, check=True, capture_output=True)
     assert list(output.parent.iterdir()) == [output]
-    assert asdict(record) == asdict(assemble(shared_base, contributions, tmp_path / "again"))
-    assert content(output) == content(tmp_path / "again")
+    assert content(output) == content(wide / "model")
+
+
+def test_the_commands_end_with_a_summary_and_the_path(
+    shared_base: Path, contributions: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, removed = tmp_path / "model", tmp_path / "removed"
+    paths = ",".join(map(str, contributions))
+    run_stage("assemble", [f"base={shared_base}", f"contributions={paths}", f"output_dir={model}"])
+    weights = [load_file(path) for path in model.glob("*.safetensors")]
+    count = sum(tensor.numel() for file in weights for tensor in file.values())
+    *_, summary, last = capsys.readouterr().out.splitlines()
+    assert summary == f"3 experts (public, news, code), {count / 1000:.3g}K parameters, 11 files"
+    assert last == str(model)
+    run_stage("remove", [f"model={model}", "experts=news", f"output_dir={removed}"])
+    *_, summary, last = capsys.readouterr().out.splitlines()
+    assert summary.startswith("took out news; left: 2 experts (public, code), ")
+    assert last == str(removed)

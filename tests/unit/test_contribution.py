@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexpert.assembly.base import open_base
 from flexpert.checkpoint.digest import base_digest
+from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.contribution.pack import pack
-from flexpert.contribution.record import ExpertIdentity
+from flexpert.contribution.record import ExpertIdentity, expert_shapes
 from flexpert.contribution.verify import check_against_base, read_contribution, verify
 from flexpert.records import sha256_file
 
@@ -97,7 +98,7 @@ def test_an_invalid_id_is_refused_when_packing_and_when_reading(
             tensors=expert_tensors,
             identity=ExpertIdentity(expert_id, "Title"),
             base_digest=base_digest(shared_base),
-            architecture={"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40},
+            architecture=ModelDirectory.open(shared_base).architecture,
             router={"bias": False, "init": "zero"},
             training={},
         )
@@ -241,6 +242,15 @@ def test_an_altered_record_is_noticed(contribution: Path, refused: Refused) -> N
     read_contribution(contribution)
 
 
+SHAPE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 3e-5,
+    "rope_theta": 1234.0,
+}
 RECORD = json.loads('{"sha256": "%s", "name": "expert.safetensors", "bytes": 1}' % ("0" * 64))
 
 
@@ -251,9 +261,11 @@ RECORD = json.loads('{"sha256": "%s", "name": "expert.safetensors", "bytes": 1}'
         {"title": None},
         {"license": 3},
         {"base_digest": "sha256:xyz"},
-        {"architecture": {"hidden_size": 24, "num_hidden_layers": True, "intermediate_size": 40}},
-        {"architecture": {"hidden_size": 24, "num_hidden_layers": 10**12, "intermediate_size": 40}},
-        {"architecture": {"hidden_size": 24, "num_hidden_layers": 0, "intermediate_size": 40}},
+        {"architecture": {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40}},
+        {"architecture": SHAPE | {"num_hidden_layers": True}},
+        {"architecture": SHAPE | {"num_hidden_layers": 10**12}},
+        {"architecture": SHAPE | {"num_hidden_layers": 0}},
+        {"architecture": SHAPE | {"rope_theta": "large"}},
         {"dtype": "I8"},
         {"router": {"bias": "no", "init": "zero"}},
         {"training": []},
@@ -309,39 +321,40 @@ def test_a_contribution_for_another_base_is_refused(
     contribution: Path, base: Path, make_base: Maker, make_contribution: Maker, tmp_path: Path, refused: Refused
 ) -> None:
     record = read_contribution(contribution)
-    with open_base(base) as model:
-        check_against_base(record, model, base_digest(base))
-        with refused(contribution, "expert math", "another base"):
-            check_against_base(record, model, "sha256:" + "0" * 64)
-    half = make_base(tmp_path / "half", dtype=torch.bfloat16)
-    with open_base(half) as model, refused(contribution, "is F32", "is BF16"):
-        check_against_base(record, model)
+    model = ModelDirectory.open(base)
+    check_against_base(record, model, base_digest(base))
+    with refused(contribution, "expert math", "another base"):
+        check_against_base(record, model, "sha256:" + "0" * 64)
+    half = ModelDirectory.open(make_base(tmp_path / "half", dtype=torch.bfloat16))
+    with refused(contribution, "is F32", "is BF16"):
+        check_against_base(record, half)
 
 
 @pytest.mark.parametrize(
-    ("size", "message"),
+    ("field", "value"),
     [
-        ("hidden_size", "hidden_size 8"),
-        ("num_hidden_layers", "num_hidden_layers 1"),
-        ("intermediate_size", "not supported yet"),
+        ("hidden_size", 8),
+        ("num_hidden_layers", 1),
+        ("intermediate_size", 16),
+        ("num_attention_heads", 2),
+        ("num_key_value_heads", 1),
+        ("rms_norm_eps", 1e-6),
+        ("rope_theta", 1e6),
     ],
 )
-def test_a_contribution_of_another_shape_is_refused(
-    size: str, message: str, shared_base: Path, tmp_path: Path, refused: Refused
+def test_a_contribution_of_another_architecture_is_refused(
+    field: str, value: float, shared_base: Path, tmp_path: Path, refused: Refused
 ) -> None:
-    from flexpert.contribution.record import Architecture, expert_shapes
-
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
-    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40} | {size: small[size]}
-    shapes = expert_shapes(Architecture(**sizes), bias=False)
+    model = ModelDirectory.open(shared_base)
+    architecture = replace(model.architecture, **{field: value})
     directory = pack(
         tmp_path / "math",
-        tensors={name: torch.ones(shape) for name, shape in shapes.items()},
+        tensors={name: torch.ones(shape) for name, shape in expert_shapes(architecture, bias=False).items()},
         identity=ExpertIdentity("math", "Mathematics"),
         base_digest=base_digest(shared_base),
-        architecture=sizes,
+        architecture=architecture,
         router={"bias": False, "init": "zero"},
         training={},
     )
-    with open_base(shared_base) as model, refused(directory, message):
+    with refused(directory, f"{field} {value}", shared_base, str(SHAPE[field])):
         check_against_base(verify(directory), model)

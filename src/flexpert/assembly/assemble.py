@@ -5,36 +5,44 @@ else is the public model's, bit for bit. One pass reads, checks, hashes and writ
 under its final name when all of it has been verified.
 """
 
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexpert.assembly.base import (
-    BaseModel,
+from flexpert.assembly.record import AssemblyRecord, ExpertEntry, write_assembly
+from flexpert.assembly.tensors import (
+    INDEX_FILE,
+    ITEM_BYTES,
+    FileRecord,
+    TensorDigest,
+    TensorSet,
+    TensorSource,
+    open_model,
+    write_tensors,
+)
+from flexpert.assembly.verify import copy_file
+from flexpert.checkpoint.digest import TOKENIZER_FILES, digest_of, tokenizer_digest
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.layout import (
+    PROJECTIONS,
     assembled_config,
-    assembled_shapes,
     check_shapes,
     expert_name,
     ffn_name,
-    open_base,
+    model_config,
+    model_shapes,
     router_name,
-    trunk_shapes,
 )
-from flexpert.assembly.record import AssemblyRecord, ExpertEntry, write_assembly
-from flexpert.assembly.tensors import ITEM_BYTES, FileRecord, TensorDigest, TensorSource, write_tensors
-from flexpert.checkpoint.digest import TOKENIZER_FILES, digest_of, tokenizer_digest
 from flexpert.checkpoint.store import atomic_directory
-from flexpert.contribution.record import PROJECTIONS, PUBLIC_ID
+from flexpert.contribution.record import PUBLIC_ID
 from flexpert.contribution.verify import OpenContribution, check_against_base, open_contribution
 from flexpert.errors import UserError
-from flexpert.fields import FileEntry
-from flexpert.records import sha256_file, write_json
+from flexpert.records import write_json
 
 TRUNK_FILE = "trunk.safetensors"
 ROUTER_FILE = "router.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 #: `rows[layer][expert]` is the raw bytes of a row.
 Rows = Sequence[Sequence[bytes]]
@@ -61,7 +69,10 @@ def assemble(
             is then left under `output`.
     """
     with ExitStack() as opened:
-        model = opened.enter_context(open_base(base))
+        model = ModelDirectory.open(base)
+        if model.experts:
+            raise UserError(f"{base} is a mixture; give the public model that the experts were trained against")
+        weights = opened.enter_context(open_model(base))
         experts = [opened.enter_context(open_contribution(path)) for path in contributions]
         for expert in experts:
             check_against_base(expert.record, model)
@@ -74,20 +85,21 @@ def assemble(
 
         with atomic_directory(output) as directory:
             tokenizer = tuple(copy_file(base, directory, name) for name in TOKENIZER_FILES if (base / name).exists())
-            trunk, public, base_digest = _write_base(directory, model)
+            trunk, public, base_digest = _write_base(directory, model, weights)
             for expert in experts:
                 check_against_base(expert.record, model, base_digest)
             own = [_write_expert(directory, index, expert) for index, expert in enumerate(experts, start=1)]
             router = _write_routers(directory, model, experts, biased)
-            for tensors in [model.tensors, *(expert.tensors for expert in experts)]:
+            for tensors in [weights, *(expert.tensors for expert in experts)]:
                 tensors.assert_each_read_once()
 
             if (base / "generation_config.json").exists():
                 copy_file(base, directory, "generation_config.json")
-            config = assembled_config(model.config, num_experts, active, biased)
-            write_config_and_index(directory, config, [trunk, router, public, *own], base)
+            shape = replace(model.config, num_experts=num_experts, active_experts=active, router_bias=biased)
+            write_config_and_index(directory, assembled_config(model.raw, shape), [trunk, router, public, *own], base)
             record = AssemblyRecord(
                 base_digest=base_digest,
+                architecture=model.architecture,
                 active_experts=active,
                 biased=biased,
                 router=router.entry,
@@ -119,13 +131,13 @@ def _check_together(experts: list[OpenContribution]) -> bool:
     return any(record.has_bias for record in records)
 
 
-def _write_base(directory: Path, model: BaseModel) -> tuple[FileRecord, FileRecord, str]:
+def _write_base(directory: Path, model: ModelDirectory, weights: TensorSet) -> tuple[FileRecord, FileRecord, str]:
     """Write the trunk and the public expert; returns their records and the base digest of what was written."""
-    layers = range(model.architecture.num_hidden_layers)
+    layers = range(model.config.num_layers)
     names = {ffn_name(layer, part): expert_name(layer, 0, part) for layer in layers for part in PROJECTIONS}
-    trunk_names = trunk_shapes(model.config, model.directory)
-    trunk = write_tensors(directory / TRUNK_FILE, [model.tensors.source(name, name) for name in trunk_names])
-    sources = [model.tensors.source(name, target) for name, target in names.items()]
+    trunk_names = [name for name in model_shapes(model.config) if name not in names]
+    trunk = write_tensors(directory / TRUNK_FILE, [weights.source(name, name) for name in trunk_names])
+    sources = [weights.source(name, target) for name, target in names.items()]
     public = write_tensors(directory / expert_file(PUBLIC_ID), sources)
     digests = {**trunk.tensors, **{name: public.tensors[target] for name, target in names.items()}}
     return trunk, public, digest_of(digests, tokenizer_digest(directory))
@@ -144,18 +156,19 @@ def _write_expert(directory: Path, index: int, expert: OpenContribution) -> File
     return file
 
 
-def _write_routers(directory: Path, model: BaseModel, experts: list[OpenContribution], biased: bool) -> FileRecord:
+def _write_routers(directory: Path, model: ModelDirectory, experts: list[OpenContribution], biased: bool) -> FileRecord:
     """Stack the contributions' rows below the public row, which is zero (`expert_shapes` says why)."""
-    item = ITEM_BYTES[model.dtype]
-    layers = range(model.architecture.num_hidden_layers)
+    dtype = model.stored_dtype()
+    item = ITEM_BYTES[dtype]
+    layers = range(model.config.num_layers)
 
     def stack(part: str, row_bytes: int) -> Rows:
         own = [[expert.read_checked(f"layers.{layer}.router.{part}") for expert in experts] for layer in layers]
         return [[bytes(row_bytes), *rows] for rows in own]
 
-    weights = stack("weight", model.architecture.hidden_size * item)
+    weights = stack("weight", model.config.hidden_size * item)
     biases = stack("bias", item) if biased else None
-    return write_routers(directory, model.dtype, weights, biases)
+    return write_routers(directory, dtype, weights, biases)
 
 
 def write_routers(directory: Path, dtype: str, weights: Rows, biases: Rows | None) -> FileRecord:
@@ -182,18 +195,6 @@ def expert_file(expert_id: str) -> str:
     return f"expert-{expert_id}.safetensors"
 
 
-def copy_file(source: Path, target: Path, name: str) -> FileEntry:
-    """Copy a small file from one directory to another and hash the copy.
-
-    Raises:
-        UserError: it is missing, or not a file.
-    """
-    if not (source / name).is_file():
-        raise UserError(f"{source / name} does not exist or is not a file; fetch the model again")
-    shutil.copyfile(source / name, target / name)
-    return FileEntry(name, (target / name).stat().st_size, sha256_file(target / name))
-
-
 def write_config_and_index(directory: Path, config: dict[str, Any], files: Sequence[FileRecord], source: Path) -> None:
     """Write `config.json` and the index of the files that were written, which must hold what the config calls for.
 
@@ -209,7 +210,7 @@ def write_config_and_index(directory: Path, config: dict[str, Any], files: Seque
             digests[name] = digest
             weight_map[name] = file.name
     shapes = {name: digest.shape for name, digest in digests.items()}
-    check_shapes(shapes, assembled_shapes(config, source / "config.json"), source)
+    check_shapes(shapes, model_config(config, source / "config.json"), source)
     write_json(directory / "config.json", config)
     total = sum(digest.num_bytes for digest in digests.values())
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,10 +1,11 @@
 """`assembly.json`: which experts an assembled model has, where each came from, and what its files hold."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexpert.checkpoint.layout import Architecture
 from flexpert.errors import UserError
 from flexpert.fields import FileEntry, require, require_sha256
 from flexpert.records import read_record, write_record
@@ -61,6 +62,7 @@ class AssemblyRecord:
 
     Attributes:
         base_digest: the public model.
+        architecture: the public model's; with its tensors it says what the model computes.
         active_experts: experts that a token uses (k); also num_experts_per_tok in config.json.
         biased: whether the router has a bias.
         tuned: whether router rows were trained together, so that each depends on every domain of that training.
@@ -72,6 +74,7 @@ class AssemblyRecord:
     """
 
     base_digest: str
+    architecture: Architecture
     active_experts: int
     biased: bool
     router: FileEntry
@@ -81,11 +84,17 @@ class AssemblyRecord:
     tuned: bool = False
     removed: int = 0
 
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file that is listed."""
+        return (*self.trunk, self.router, *(expert.file for expert in self.experts), *self.tokenizer)
+
     def to_json(self) -> dict[str, Any]:
         tuned = {"tuned": True} if self.tuned else {}
         removed = {"removed": self.removed} if self.removed else {}
         return {
             "base_digest": self.base_digest,
+            "architecture": self.architecture.to_json(),
             "active_experts": self.active_experts,
             "router": {"bias": self.biased, **tuned, "file": self.router.to_json()},
             "trunk": [file.to_json() for file in self.trunk],
@@ -115,6 +124,7 @@ def read_assembly(directory: Path) -> AssemblyRecord:
         raise UserError(f"{where} lists an expert twice; assemble the model again")
     return AssemblyRecord(
         base_digest=require_sha256(record, "base_digest", where, prefix="sha256:"),
+        architecture=Architecture.from_json(require(record, "architecture", dict, where), where),
         active_experts=require(record, "active_experts", int, where),
         biased=require(router, "bias", bool, where),
         router=FileEntry.from_json(router.get("file"), where),
@@ -126,17 +136,16 @@ def read_assembly(directory: Path) -> AssemblyRecord:
     )
 
 
-def select_experts(record: Mapping[str, Any], exclude: Iterable[str]) -> list[int]:
+def select_experts(present: Sequence[str], exclude: Iterable[str]) -> list[int]:
     """The indices of the experts that stay when those of `exclude` are taken out, in ascending order.
 
     Args:
-        record: the content of `assembly.json`; only the ids under "experts" are looked at.
+        present: ids of the model's experts, in their order.
         exclude: ids of experts.
 
     Raises:
         UserError: an id is not in the model (the message lists those that are), or no expert would be left.
     """
-    present = [expert["id"] for expert in record["experts"]]
     excluded = set(exclude)
     for expert in sorted(excluded):
         if expert not in present:

@@ -5,22 +5,20 @@ rows are left out, and the experts behind them move up. Nothing is masked: a zer
 Files are checked against `assembly.json` while they are copied.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexpert.assembly.assemble import copy_file, write_config_and_index, write_routers
-from flexpert.assembly.base import expert_name, model_class, router_name
+from flexpert.assembly.assemble import write_config_and_index, write_routers
 from flexpert.assembly.record import AssemblyRecord, read_assembly, select_experts, write_assembly
-from flexpert.assembly.tensors import FileRecord, SafetensorsFile, TensorSource, write_tensors
+from flexpert.assembly.tensors import FileRecord
+from flexpert.assembly.verify import copy_checked, copy_file, copy_tensors, open_checked
+from flexpert.checkpoint.directory import check_config
+from flexpert.checkpoint.layout import PROJECTIONS, expert_name, model_class, model_config, router_name
 from flexpert.checkpoint.store import atomic_directory
-from flexpert.contribution.record import PROJECTIONS, PUBLIC_ID
+from flexpert.contribution.record import PUBLIC_ID
 from flexpert.errors import UserError
-from flexpert.fields import FileEntry, require
 from flexpert.records import read_json
 
 
@@ -45,51 +43,77 @@ def remove(model: Path, experts: Sequence[str], output: Path, *, record_removed:
     record = read_assembly(model)
     if not experts:
         raise UserError(f"no expert to remove from {model} is named; give one id or more")
-    kept = select_experts(record.to_json(), experts)
-    left = [record.experts[index] for index in kept]
+    kept = select_experts([expert.id for expert in record.experts], experts)
+    where = model / "config.json"
+    raw = read_json(where)
+    config = model_config(raw, where)
+    check_config(record, config, where)
     # The public expert's bias is always 0, so when it alone is left there is none to keep.
-    biased = record.biased and any(expert.id != PUBLIC_ID for expert in left)
-    config = _read_config(model, record)
-    active = min(config["num_experts_per_tok"], len(kept))
-    num_layers = config["num_hidden_layers"]
-    config |= {"num_experts": len(kept), "num_experts_per_tok": active, **model_class(biased)}
+    biased = record.biased and any(record.experts[index].id != PUBLIC_ID for index in kept)
+    active = min(config.active_experts, len(kept))
+    changed = replace(
+        record,
+        active_experts=active,
+        biased=biased,
+        removed=record.removed + len(record.experts) - len(kept) if record_removed else 0,
+    )
+    return write_changed(
+        model,
+        output,
+        changed,
+        kept,
+        raw | {"num_experts": len(kept), "num_experts_per_tok": active, **model_class(biased)},
+        lambda directory: _write_routers(model, directory, record, kept, config.num_layers, biased),
+    )
 
+
+def write_changed(
+    model: Path,
+    output: Path,
+    record: AssemblyRecord,
+    kept: Sequence[int],
+    config: dict[str, Any],
+    write_router: Callable[[Path], FileRecord],
+) -> AssemblyRecord:
+    """Write an assembled model again, with other routers and perhaps fewer experts.
+
+    Args:
+        model: directory of an assembled model; what is copied from it is checked.
+        output: must not exist yet.
+        record: what is to be recorded, with the files and all the experts of `model`.
+        kept: indices of the experts that stay.
+        config: the new config.json.
+        write_router: writes the routers' file into the directory that it is given.
+
+    Returns:
+        The content of the new `assembly.json`.
+
+    Raises:
+        UserError: a file of the model is missing or altered. Nothing is then left under `output`.
+    """
+    num_layers = record.architecture.num_hidden_layers
     with atomic_directory(output) as directory:
-        tokenizer = tuple(_copy_checked(model, directory, file) for file in record.tokenizer)
+        tokenizer = tuple(copy_checked(model, directory, file) for file in record.tokenizer)
         if (model / "generation_config.json").exists():
             copy_file(model, directory, "generation_config.json")
-        trunk = [_copy_tensors(model, directory, file, {}) for file in record.trunk]
-        router = _write_routers(model, directory, record, kept, num_layers, biased)
+        trunk = [copy_tensors(model, directory, file, {}) for file in record.trunk]
+        router = write_router(directory)
         own = [
-            _copy_tensors(model, directory, record.experts[before].file, _new_names(num_layers, before, after))
+            copy_tensors(model, directory, record.experts[before].file, _new_names(num_layers, before, after))
             for after, before in enumerate(kept)
         ]
         write_config_and_index(directory, config, [*trunk, router, *own], model)
         result = replace(
             record,
-            active_experts=active,
-            biased=biased,
             router=router.entry,
             trunk=tuple(file.entry for file in trunk),
             tokenizer=tokenizer,
-            experts=tuple(replace(expert, file=file.entry) for expert, file in zip(left, own, strict=True)),
-            removed=record.removed + len(record.experts) - len(kept) if record_removed else 0,
+            experts=tuple(
+                replace(record.experts[index], file=file.entry) for index, file in zip(kept, own, strict=True)
+            ),
         )
         write_assembly(directory, result)
     return result
-
-
-def _read_config(model: Path, record: AssemblyRecord) -> dict[str, Any]:
-    """The model's config.json, where k may have been changed by hand; the rest must agree with `assembly.json`."""
-    where = model / "config.json"
-    config = read_json(where)
-    require(config, "num_hidden_layers", int, where)
-    num_experts, active = require(config, "num_experts", int, where), require(config, "num_experts_per_tok", int, where)
-    if num_experts != len(record.experts) or config.get("model_type") != model_class(record.biased)["model_type"]:
-        raise UserError(f"{where} and assembly.json disagree on the experts; assemble the model again")
-    if not 1 <= active <= num_experts:
-        raise UserError(f"{where}: num_experts_per_tok={active} is not between 1 and num_experts={num_experts}")
-    return config
 
 
 def _new_names(num_layers: int, before: int, after: int) -> dict[str, str]:
@@ -101,57 +125,12 @@ def _new_names(num_layers: int, before: int, after: int) -> dict[str, str]:
     }
 
 
-def _altered(path: Path) -> UserError:
-    return UserError(f"{path} was altered (its SHA-256 differs from assembly.json); fetch or assemble the model again")
-
-
-def _copy_checked(model: Path, directory: Path, file: FileEntry) -> FileEntry:
-    copy = copy_file(model, directory, file.name)
-    if copy != file:
-        raise _altered(model / file.name)
-    return copy
-
-
-@contextmanager
-def _open_checked(path: Path, entry: FileEntry) -> Iterator[tuple[SafetensorsFile, Callable[[str], Iterator[bytes]]]]:
-    """Open a safetensors file whose tensors will all be read, in the order of the file, by the function that comes
-    with it; when the block ends, the file's hash must be the entry's.
-
-    Raises:
-        UserError: the file is missing, malformed or altered.
-    """
-    with SafetensorsFile.open(path) as file:
-        content = hashlib.sha256(file.header)
-
-        def read(name: str) -> Iterator[bytes]:
-            for piece in file.read_pieces(name):
-                content.update(piece)
-                yield piece
-
-        yield file, read
-        if content.hexdigest() != entry.sha256:
-            raise _altered(path)
-
-
-def _copy_tensors(model: Path, directory: Path, entry: FileEntry, new_names: Mapping[str, str]) -> FileRecord:
-    """Write a file of the model again, with new names for some of its tensors."""
-    path = model / entry.name
-    with _open_checked(path, entry) as (file, read):
-        sources = [
-            TensorSource(
-                new_names.get(name, name), info.dtype, info.shape, partial(read, name), f"{path}: the tensor {name!r}"
-            )
-            for name, info in file.tensors.items()
-        ]
-        return write_tensors(directory / entry.name, sources)
-
-
 def _write_routers(
     model: Path, directory: Path, record: AssemblyRecord, kept: list[int], num_layers: int, biased: bool
 ) -> FileRecord:
     """Write the routers with the rows of the experts that are left."""
     path = model / record.router.name
-    with _open_checked(path, record.router) as (file, read):
+    with open_checked(path, record.router) as (file, read):
         tensors = {name: b"".join(read(name)) for name in file.tensors}
 
     num_experts = len(record.experts)

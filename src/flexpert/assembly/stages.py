@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flexpert.assembly.assemble import assemble
 from flexpert.assembly.remove import remove
+from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.config.stages import AssembleConfig, RemoveConfig
 
 
@@ -16,6 +17,7 @@ def run_assemble(config: AssembleConfig, resolved: str) -> None:
     output = Path(config.output_dir)
     contributions = [Path(path) for path in config.contributions]
     assemble(Path(config.base), contributions, output, active_experts=config.active_experts)
+    print(summary(output))
     print(output)
 
 
@@ -27,4 +29,19 @@ def run_remove(config: RemoveConfig, resolved: str) -> None:
         print(
             "note: the other experts' router rows were tuned on text of all; tune again without it for a full removal"
         )
+    print(f"took out {', '.join(config.experts)}; left: {summary(output)}")
     print(output)
+
+
+def summary(directory: Path) -> str:
+    """An assembled model in a few words."""
+    model = ModelDirectory.open(directory)
+    parameters, unit = float(model.config.num_params()), ""
+    for larger in ("K", "M", "B"):
+        if parameters >= 1000:
+            parameters, unit = parameters / 1000, larger
+    count = len(model.experts)
+    return (
+        f"{count} expert{'s' if count > 1 else ''} ({', '.join(model.experts)}), "
+        f"{parameters:.3g}{unit} parameters, {len(list(directory.iterdir()))} files"
+    )

@@ -26,6 +26,8 @@ from flexpert.records import read_json
 
 #: A tensor is read in pieces of this many bytes. Divides by every item size, so that no piece splits a value.
 BUFFER_BYTES = 64 << 20
+#: Which file of a Hugging Face directory holds which tensor, where there are several.
+INDEX_FILE = "model.safetensors.index.json"
 #: The safetensors library refuses longer headers; so do we, before reading them.
 HEADER_LIMIT_BYTES = 100_000_000
 
@@ -260,7 +262,7 @@ def open_model(directory: Path) -> Iterator[TensorSet]:
     Raises:
         UserError: the directory or its weights are missing, or the index and the shards disagree on any tensor.
     """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / "model.safetensors", directory / INDEX_FILE
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist or is not a directory; give the directory of a model")
     if single.exists() and index.exists():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from flexpert.checkpoint.huggingface import ModelDirectory, load_model
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.huggingface import load_model
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer
 

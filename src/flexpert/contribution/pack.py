@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from flexpert.assembly.tensors import Piece, TensorSource, write_tensors
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
+from flexpert.checkpoint.layout import STORED_DTYPES, Architecture
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.contribution.record import (
     CONTRIBUTION_KIND,
-    EXPERT_DTYPES,
     RECORD_NAME,
     TENSORS_NAME,
-    Architecture,
     Contribution,
     ExpertIdentity,
     check_identity,
@@ -30,7 +29,7 @@ def pack(
     tensors: Mapping[str, "torch.Tensor"],
     identity: ExpertIdentity,
     base_digest: str,
-    architecture: Mapping[str, int],
+    architecture: Architecture,
     router: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> Path:
@@ -43,7 +42,7 @@ def pack(
             the whole expert.
         identity: whose expert it is.
         base_digest: `checkpoint.digest.base_digest` of the public model that was frozen beside it.
-        architecture: hidden_size, num_hidden_layers, intermediate_size (the expert's own).
+        architecture: that of the public model.
         router: "bias" (bool) and "init" (str, how the rows started).
         training: facts worth keeping, such as steps and tokens.
 
@@ -54,11 +53,10 @@ def pack(
         UserError: the id is invalid, `output` exists, or a tensor holds NaN or infinity.
     """
     check_identity(identity, output)
-    shape = Architecture(**architecture)
-    shapes = expert_shapes(shape, router["bias"])
+    shapes = expert_shapes(architecture, router["bias"])
     assert tensors.keys() == shapes.keys(), f"not an expert's tensors: {sorted(tensors.keys() ^ shapes.keys())}"
     dtype = dtype_name(tensors[next(iter(shapes))])
-    assert dtype in EXPERT_DTYPES, f"experts are stored as one of {EXPERT_DTYPES}, not as {dtype}"
+    assert dtype in STORED_DTYPES, f"experts are stored as one of {STORED_DTYPES}, not as {dtype}"
 
     def pieces(name: str) -> Iterator[Piece]:
         tensor = tensors[name]
@@ -73,7 +71,7 @@ def pack(
     with atomic_directory(output) as directory:
         file = write_tensors(directory / TENSORS_NAME, map(source, shapes))
         contribution = Contribution(
-            output, identity, base_digest, shape, dtype, router, training, (file.entry,), file.tensors
+            output, identity, base_digest, architecture, dtype, router, training, (file.entry,), file.tensors
         )
         write_record(directory / RECORD_NAME, CONTRIBUTION_KIND, contribution.to_json())
     return output

@@ -1,7 +1,7 @@
 """What a contribution is: one owner's expert for one public model, as a directory of two files.
 
 `contribution.json` says what `expert.safetensors` holds and what it was trained against. Shape letters:
-D hidden size, F the expert's own FFN width.
+D hidden size, F FFN width.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexpert.assembly.tensors import TensorDigest
+from flexpert.checkpoint.layout import Architecture
 from flexpert.config.groups import EXPERT_ID
 from flexpert.errors import UserError
 from flexpert.fields import FileEntry
@@ -21,12 +22,6 @@ TENSORS_NAME = "expert.safetensors"
 
 #: The id of the public model's own FFN in an assembled model.
 PUBLIC_ID = "public"
-
-#: The matrices of one FFN: W1, W3 and W2 of `E(x) = W2 (silu(W1 x) ⊙ W3 x)`.
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-#: Dtypes that an expert may have.
-EXPERT_DTYPES = ("F32", "BF16")
 
 
 @dataclass(frozen=True)
@@ -62,22 +57,6 @@ def check_identity(identity: ExpertIdentity, where: Path | str) -> None:
             raise UserError(f"{where}: the {name} of the expert {identity.id} must be one line of printable text")
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The shape that an expert shares with its base. `intermediate_size` is the width of the expert's own FFN."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-
-    def to_json(self) -> dict[str, int]:
-        return {
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "intermediate_size": self.intermediate_size,
-        }
-
-
 def expert_shapes(architecture: Architecture, bias: bool) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor of a contribution, in the order in which they are stored.
 
@@ -111,8 +90,8 @@ class Contribution:
         directory: where it lies.
         identity: whose it is.
         base_digest: the public model that it was trained against.
-        architecture: its shape.
-        dtype: of every tensor; one of `EXPERT_DTYPES`.
+        architecture: the public model's, which is the expert's too.
+        dtype: of every tensor; one of `STORED_DTYPES`.
         router: "bias" (bool) and "init" (how the rows started).
         training: facts about the training, such as steps and tokens; for people.
         files: the safetensors files.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexpert.assembly.tensors import (
     ITEM_BYTES,
@@ -21,11 +21,11 @@ from flexpert.assembly.tensors import (
     all_finite,
     open_tensors,
 )
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.layout import STORED_DTYPES, Architecture
 from flexpert.contribution.record import (
     CONTRIBUTION_KIND,
-    EXPERT_DTYPES,
     RECORD_NAME,
-    Architecture,
     Contribution,
     ExpertIdentity,
     check_identity,
@@ -34,9 +34,6 @@ from flexpert.contribution.record import (
 from flexpert.errors import UserError
 from flexpert.fields import FileEntry, require, require_sha256
 from flexpert.records import read_record
-
-if TYPE_CHECKING:
-    from flexpert.assembly.base import BaseModel
 
 
 def read_contribution(directory: Path) -> Contribution:
@@ -65,7 +62,6 @@ def read_contribution(directory: Path) -> Contribution:
 def _parse(record: Mapping[str, Any], directory: Path) -> Contribution:
     where = directory / RECORD_NAME
     license_ = None if record.get("license") is None else require(record, "license", str, where)
-    shape = require(record, "architecture", dict, where)
     router = require(record, "router", dict, where)
     require(router, "bias", bool, where)
     require(router, "init", str, where)
@@ -76,11 +72,7 @@ def _parse(record: Mapping[str, Any], directory: Path) -> Contribution:
         directory=directory,
         identity=ExpertIdentity(require(record, "id", str, where), require(record, "title", str, where), license_),
         base_digest=require_sha256(record, "base_digest", where, prefix="sha256:"),
-        architecture=Architecture(
-            hidden_size=require(shape, "hidden_size", int, where),
-            num_hidden_layers=require(shape, "num_hidden_layers", int, where),
-            intermediate_size=require(shape, "intermediate_size", int, where),
-        ),
+        architecture=Architecture.from_json(require(record, "architecture", dict, where), where),
         dtype=require(record, "dtype", str, where),
         router=router,
         training=require(record, "training", dict, where),
@@ -102,8 +94,8 @@ def _parse_tensor(name: str, entry: Any, where: Path) -> TensorDigest:
 
 def _check_tensor_list(contribution: Contribution, where: Path) -> None:
     tensors, architecture = contribution.tensors, contribution.architecture
-    if contribution.dtype not in EXPERT_DTYPES:
-        raise UserError(f"{where} has the dtype {contribution.dtype!r}; an expert is one of {', '.join(EXPERT_DTYPES)}")
+    if contribution.dtype not in STORED_DTYPES:
+        raise UserError(f"{where} has the dtype {contribution.dtype!r}; an expert is one of {', '.join(STORED_DTYPES)}")
     # Before the names are listed: a hostile record may claim any number of layers.
     if not 0 < architecture.num_hidden_layers <= len(tensors):
         raise UserError(
@@ -223,7 +215,7 @@ def _verify_file(contribution: OpenContribution, file: SafetensorsFile, entry: F
         raise UserError(f"{file.path} was altered (its SHA-256 differs from {RECORD_NAME}); fetch it again")
 
 
-def check_against_base(contribution: Contribution, base: "BaseModel", digest: str | None = None) -> None:
+def check_against_base(contribution: Contribution, base: ModelDirectory, digest: str | None = None) -> None:
     """Check that an expert belongs to a public model.
 
     Args:
@@ -232,27 +224,17 @@ def check_against_base(contribution: Contribution, base: "BaseModel", digest: st
         digest: the base digest of `base`, or None while it is not known (it takes a pass over the weights).
 
     Raises:
-        UserError: the architecture, the dtype or the digest differs.
+        UserError: a field of the architecture, the dtype or the digest differs.
     """
     who = f"{contribution.directory} (expert {contribution.identity.id})"
-    ours, theirs = contribution.architecture.to_json(), base.architecture.to_json()
-    for key in ("hidden_size", "num_hidden_layers"):
-        if ours[key] != theirs[key]:
-            raise UserError(
-                f"{who} has {key} {ours[key]}, {base.directory} has {theirs[key]}; give the base that the "
-                "expert was trained on"
-            )
-    if contribution.architecture.intermediate_size != base.architecture.intermediate_size:
-        raise UserError(
-            f"{who} has the FFN width {ours['intermediate_size']}, {base.directory} has "
-            f"{theirs['intermediate_size']}; experts of other widths are not supported yet"
-        )
-    if contribution.dtype != base.dtype:
-        raise UserError(
-            f"{who} is {contribution.dtype}, {base.directory} is {base.dtype}; pack the expert as {base.dtype}"
-        )
+    contribution.architecture.check_equal(
+        base.architecture, who, str(base.path), "give the base that the expert was trained on"
+    )
+    if contribution.dtype != base.stored_dtype():
+        dtype = base.stored_dtype()
+        raise UserError(f"{who} is {contribution.dtype}, {base.path} is {dtype}; pack the expert as {dtype}")
     if digest is not None and contribution.base_digest != digest:
         raise UserError(
-            f"{who} was trained on another base ({contribution.base_digest[:19]}…) than {base.directory} "
+            f"{who} was trained on another base ({contribution.base_digest[:19]}…) than {base.path} "
             f"({digest[:19]}…); give that base, or train the expert on this one"
         )

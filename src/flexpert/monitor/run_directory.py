@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from flexpert.checkpoint.layout import model_config
 from flexpert.config.groups import ModelConfig
 from flexpert.errors import UserError
 from flexpert.monitor.jsonl import read_metrics
@@ -197,7 +198,4 @@ def read_training(kind: str, domain: str | None, path: Path) -> Training | None:
 
 
 def read_shape(path: Path) -> ModelConfig:
-    # The module imports torch, which a report on a run without a model does not need.
-    from flexpert.checkpoint.huggingface import model_config
-
     return model_config(read_json(path), path)

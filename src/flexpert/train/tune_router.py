@@ -5,17 +5,19 @@ the others' rows: `assembly.json` says `"tuned": true` from then on. For a remov
 model as it was assembled and tune again without the removed domain.
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from flexpert.assembly.assemble import ROUTER_FILE, write_routers
-from flexpert.assembly.record import read_assembly, write_assembly
+from flexpert.assembly.assemble import write_routers
+from flexpert.assembly.record import read_assembly
+from flexpert.assembly.remove import write_changed
+from flexpert.assembly.tensors import FileRecord
+from flexpert.assembly.verify import verify_model
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
+from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import load_model
-from flexpert.checkpoint.store import atomic_directory
 from flexpert.config.stages import TuneRouterConfig
 from flexpert.data.dataset import read_manifest
 from flexpert.model.transformer import Transformer
@@ -30,7 +32,8 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
     """Train on `data.dir`, a mix of public text and of text like each owner's, and write `output_dir/model`.
 
     Raises:
-        UserError: the model is not one that `assemble` wrote, or data and model have different tokenizers.
+        UserError: the model is not one that `assemble` wrote, or was altered since, or data and model have different
+            tokenizers.
     """
     source, output = Path(config.model), Path(config.output_dir)
     read_assembly(source)
@@ -41,6 +44,7 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
         print(f"{output / 'model'} is complete")
         return
     device = set_up_process(config.train.device, config.parallel.threads)
+    verify_model(source)  # an altered model is refused before it is trained on, and not only when it is copied
     model, directory = load_model(source, active_experts=config.active_experts, device=device)
     check_lengths(config.train.sequence_length, model.config.max_sequence_length)
     dtype = directory.require_one_dtype()
@@ -51,25 +55,25 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
     trainer = Trainer(model, config, "tune_router", manifest, device, resolved, inputs=inputs)
     claim_directory(output, resolved, config.resume)
     trainer.run()
-    write_tuned(model, source, output / "model", dtype)
+    write_tuned(model, directory, output / "model", dtype)
     print(output / "model")
 
 
-def write_tuned(model: Transformer, source: Path, output: Path, dtype: torch.dtype) -> None:
-    """Copy the model, with the routers that are in memory."""
+def write_tuned(model: Transformer, source: ModelDirectory, output: Path, dtype: torch.dtype) -> None:
+    """Copy the model, with the routers that are in memory and the k that they were trained for."""
     parameters = dict(model.named_parameters())
-    record = read_assembly(source)
+    active = model.config.active_experts
 
     def rows(layer: int, part: str) -> list[bytes]:
         value = parameters[f"blocks.{layer}.feed_forward.router.{part}.0"].detach().to("cpu", dtype)
         return [bytes(tensor_bytes(row)) for row in value]
 
-    layers = range(model.config.num_layers)
-    weights = [rows(layer, "weight") for layer in layers]
-    biases = [rows(layer, "bias") for layer in layers] if record.biased else None
-    with atomic_directory(output) as target:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name != ROUTER_FILE:
-                shutil.copyfile(path, target / path.name)
-        router = write_routers(target, dtype_name(torch.empty(0, dtype=dtype)), weights, biases)
-        write_assembly(target, replace(record, router=router.entry, tuned=True))
+    def write(directory: Path) -> FileRecord:
+        layers = range(model.config.num_layers)
+        weights = [rows(layer, "weight") for layer in layers]
+        biases = [rows(layer, "bias") for layer in layers] if model.config.router_bias else None
+        return write_routers(directory, dtype_name(torch.empty(0, dtype=dtype)), weights, biases)
+
+    record = replace(read_assembly(source.path), active_experts=active, tuned=True)
+    config = {**source.raw, "num_experts_per_tok": active}
+    write_changed(source.path, output, record, range(len(record.experts)), config, write)
