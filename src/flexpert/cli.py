@@ -60,11 +60,16 @@ def main(argv: list[str] | None = None) -> None:
 def run_stage(stage: str, overrides: list[str]) -> None:
     if stage not in STAGES:
         raise UserError(f"there is no stage '{stage}': choose one of {', '.join(STAGES)}")
-    from flexpert.config.compose import compose, describe
+    from flexpert.config.compose import compose
+    from flexpert.config.help import describe
+    from flexpert.config.paths import check_paths
 
     if any(flag in overrides for flag in ("-h", "--help")):
-        print(describe(stage))
+        print(describe(stage, overrides))
         return
     config, resolved = compose(stage, overrides)
+    check_paths(stage, config)
+    for note in config.notes():
+        print(f"note: {note}", flush=True)
     module, _, function = STAGES[stage][0].partition(":")
     getattr(importlib.import_module(module), function)(config, resolved)

@@ -12,6 +12,9 @@ from flexpert.records import write_atomic
 #: Keys that may change when a stage is started again in its directory: they do not change what it writes.
 FREE_KEYS = ("monitor", "checkpoint", "resume", "parallel", "output_dir")
 
+#: Changed keys that a message spells out.
+NAMED_CHANGES = 3
+
 
 def comparable(resolved: str) -> dict[str, Any]:
     """A resolved config as {dotted key: value}, without the free keys."""
@@ -26,6 +29,12 @@ def comparable(resolved: str) -> dict[str, Any]:
     }
 
 
+def said(config: dict[str, Any], key: str) -> str:
+    """The value of a key as a message shows it."""
+    value = config.get(key)
+    return "unset" if value is None else str(value)
+
+
 def check_directory(output: Path, resolved: str, resume: str) -> None:
     """Refuse a directory that is not this configuration's; writes nothing.
 
@@ -37,11 +46,11 @@ def check_directory(output: Path, resolved: str, resume: str) -> None:
         before, now = comparable(record.read_text(encoding="utf-8")), comparable(resolved)
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
-            key = changed[0]
-            raise UserError(
-                f"{output} holds another configuration: {key} was {before.get(key)}, now {now.get(key)}"
-                f"{f' (and {len(changed) - 1} more)' if len(changed) > 1 else ''}; choose another output_dir"
+            shown = ", ".join(
+                f"{key} was {said(before, key)} and is {said(now, key)}" for key in changed[:NAMED_CHANGES]
             )
+            more = f" (and {len(changed) - NAMED_CHANGES} more)" if len(changed) > NAMED_CHANGES else ""
+            raise UserError(f"{output} holds another configuration: {shown}{more}; choose another output_dir")
         if resume == "never":
             raise UserError(f"{output} has been used already and resume=never; choose another output_dir")
     elif output.is_dir() and any(output.iterdir()):

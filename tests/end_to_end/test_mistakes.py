@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
-from toy import train
+from toy import SHAPE, train
 
 from flexpert.cli import main, run_stage
+from flexpert.errors import UserError
+from flexpert.stage import check_directory
 
 
 @pytest.fixture
@@ -73,10 +75,10 @@ def test_a_mistake_does_not_claim_the_directory(fails, road: Path, tmp_path: Pat
     fails("pretrain", [*short, f"data.dir={tmp_path}/few", out], "fewer than one sequence")
     fails(
         "expert",
-        [*TOY, *base, f"router.embedding={tmp_path}", f"router.public_data={road}/data/public"],
+        [*TOY, *base, f"router.embedding={tmp_path}", f"public_data={road}/data/public"],
         "sentence-transformers",
     )
-    calibration = ["router.init=random", "router.calibration_steps=2", f"router.public_data={tmp_path}/few"]
+    calibration = ["router.init=random", "router.calibration_steps=2", f"public_data={tmp_path}/few"]
     fails("expert", [*short, *base, *calibration], "fewer than one sequence")
     fails("expert", [*TOY, *base, "router.init=random", "name=" + "a" * 65], "at most 64")
     fails("expert", [*TOY, *base, "router.init=random", "title=two\nlines"], "line")
@@ -114,7 +116,7 @@ def test_a_directory_that_holds_another_configuration(fails, road: Path, assembl
     fails(
         "prepare",
         [f"data.documents={road}/public_texts/*", "train_tokenizer.vocab_size=300", f"output_dir={road}/data/public"],
-        "exists already",
+        "choose another output_dir",
     )
 
 
@@ -126,9 +128,31 @@ def test_prompts_without_text_or_room(fails, road: Path, tmp_path: Path) -> None
 
 
 def test_directories_that_are_no_model(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    fails("generate", [f"model={tmp_path}", "prompt=a"], "tokenizer.json")
+    fails("generate", [f"model={tmp_path}", "prompt=a"], "is not a model", "config.json")
+    fails("generate", [f"model={road}/data/public", "prompt=a"], "is a data set, not a model")
     fails(
         "expert",
         [*TOY, f"base={road}/data/public", f"data.dir={road}/data/public", "name=a", "router.init=random"],
-        "config.json",
+        "is a data set, not a model",
     )
+    fails("generate", [f"model={road}/public", "prompt=a"], f"did you mean {road}/public/model?")
+
+
+def test_another_configuration_is_told_with_what_changed(tmp_path: Path) -> None:
+    def refusal(before: str, now: str) -> str:
+        (tmp_path / "resolved.yaml").write_text(before)
+        with pytest.raises(UserError) as caught:
+            check_directory(tmp_path, now, "auto")
+        return str(caught.value)
+
+    line = refusal("{seed: 1, train: {steps: null}}", "{seed: 2, train: {steps: 5}}")
+    assert "seed was 1 and is 2, train.steps was unset and is 5; choose another output_dir" in line
+    line = refusal("{a: 1, b: 1, c: 1, d: 1, e: 1}", "{a: 2, b: 2, c: 2, d: 2}")
+    assert "a was 1 and is 2, b was 1 and is 2, c was 1 and is 2 (and 2 more); choose another output_dir" in line
+
+
+def test_a_run_that_ends_in_its_warm_up_says_so_once(road: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    steps = ["train.steps=2", "optim.warmup_steps=2"]
+    train("pretrain", *SHAPE, *steps, f"data.dir={road}/data/public", f"output_dir={tmp_path}/public")
+    note = "note: optim.warmup_steps=2 is not shorter than the run's 2 steps"
+    assert capsys.readouterr().out.count(note) == 1

@@ -27,7 +27,7 @@ PRIVATE = {
     "data.dir": "/private/patients-2024",
     "title": "Owner Whose Title Is Private",
     "license": "LicenseRef-private-terms",
-    "router.public_data": "private-relative-folder",
+    "public_data": "private-relative-folder",
 }
 
 
@@ -140,13 +140,13 @@ def test_the_resolved_config_of_a_stage_holds_nothing_of_the_environment(
 ) -> None:
     """Composed in two environments that have no value in common, a config is the same."""
     needed = {
-        "prepare": ["data=demo_math", "train_tokenizer.vocab_size=512"],
+        "prepare": ["data=demo_math", "train_tokenizer.vocab_size=512", "output_dir=/o"],
         "pretrain": ["data.dir=/d", "train.steps=1"],
         "expert": ["base=/b", "data.dir=/d", "train.steps=1", "router.init=random", "name=math"],
         "assemble": ["base=/b", "contributions=/c"],
         "remove": ["model=/m", "experts=news"],
         "tune_router": ["model=/m", "data.dir=/d", "train.steps=1"],
-        "evaluate": ["model=/m", "data.dirs.a=/d"],
+        "evaluate": ["model=/m", "data.dirs.a=/d", "output_dir=/o"],
         "generate": ["model=/m", "prompt=${oc.env:HF_TOKEN} A private prompt"],
         "report": ["run=/r"],
         "pipeline": [],

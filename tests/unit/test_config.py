@@ -1,6 +1,7 @@
 """The schema: what it holds, what it refuses and how it says so, and the sizes of the models that it describes."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -9,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from flexpert.cli import STAGES, main
 from flexpert.config.compose import all_keys, compose, conf_directory, group_options, groups_of
-from flexpert.config.groups import Lockable, ModelConfig
+from flexpert.config.groups import Lockable, ModelConfig, check_license
+from flexpert.config.paths import check_paths
 from flexpert.config.stages import STAGE_CONFIGS
 from flexpert.errors import UserError
 from flexpert.model.transformer import build_on_meta
 
 #: What each stage cannot do without.
 NEEDED: dict[str, list[str]] = {
-    "prepare": ["data.documents=/none/*.txt", "tokenizer=/none"],
+    "prepare": ["data.documents=/none/*.txt", "tokenizer=/none", "output_dir=runs/data"],
     "pretrain": ["data.dir=/none", "train.steps=1"],
     "expert": ["base=/none", "data.dir=/none", "train.steps=1", "router.init=random", "name=math"],
     "assemble": ["base=/none", "contributions=/none"],
@@ -52,28 +55,33 @@ BAD: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("generate", ["--prompt", "hello"], ("is not an override: write key=value",)),
     ("pretrain", [""], ("'' is not an override",)),
     # values of a wrong kind
-    ("prepare", ["valid_fraction=some"], ("valid_fraction", "some", "Float")),
-    ("pretrain", ["train.steps=many"], ("train.steps", "many", "Integer")),
-    ("pretrain", ["train.steps=1.5"], ("train.steps", "1.5")),
-    ("pretrain", ["train.steps="], ("train.steps",)),
-    ("pretrain", ["optim.lr=fast"], ("optim.lr", "fast", "Float")),
-    ("pretrain", ["optim.betas=0.9"], ("optim.betas",)),
+    ("prepare", ["valid_fraction=some"], ("valid_fraction=some: expected a number",)),
+    ("pretrain", ["train.steps=five"], ("train.steps=five: expected a whole number or null",)),
+    ("pretrain", ["train.steps=1.5"], ("train.steps=1.5: expected a whole number",)),
+    ("pretrain", ["train.steps="], ("train.steps=: expected a whole number",)),
+    ("pretrain", ["optim.lr=fast"], ("optim.lr=fast: expected a number",)),
+    ("pretrain", ["optim.betas=0.9"], ("optim.betas=0.9: expected [A,B,…]",)),
     ("pretrain", ["optim.betas=0.9,0.95"], ("optim.betas=0.9,0.95", "[A,B]")),
-    ("pretrain", ["optim.betas=[a,b]"], ("optim.betas[0]", "'a'")),
+    ("pretrain", ["optim.betas=[a,b]"], ("optim.betas[0]=a: expected a number",)),
     ("pretrain", ["seed=1,2"], ("seed=1,2", "[A,B]")),
     ("pretrain", ["seed=range(1,3)"], ("seed=range(1,3)",)),
     ("pretrain", ["seed=("], ("seed=(",)),
     ("pretrain", ['seed="'], ('seed="',)),
-    ("pretrain", ["seed=true"], ("seed",)),
-    ("expert", ["router.bias=perhaps"], ("router.bias", "perhaps", "bool")),
-    ("expert", ["name=null"], ("name",)),
+    ("pretrain", ["seed=true"], ("seed=true: expected a whole number",)),
+    ("pretrain", ["seed=null"], ("seed=null: expected a whole number",)),
+    ("pretrain", ["seed=${resume}"], ("seed", "auto", "${KEY}")),
+    ("expert", ["router.bias=perhaps"], ("router.bias=perhaps: expected true or false",)),
+    ("expert", ["name=null"], ("name=null: expected text",)),
     ("expert", ["title=${seed"], ("title", "${KEY}")),
     ("expert", ["title=${nothing}"], ("title", "nothing")),
-    ("evaluate", ["data.dirs=/d"], ("/d is not a mapping", "{NAME:VALUE,…}")),
-    ("evaluate", ["data.dirs={news}"], ("'news'", "has no value")),
-    ("evaluate", ["exclude=null"], ("exclude",)),
-    ("evaluate", ["sweep_active_experts=[one]"], ("sweep_active_experts[0]",)),
-    ("pipeline", ["pipeline.gates={gain:much}"], ("pipeline.gates.gain", "much")),
+    ("evaluate", ["data.dirs=/d"], ("data.dirs=/d is not a mapping", "'data.dirs={NAME:VALUE,…}'")),
+    ("evaluate", ["data.dirs={news}"], ("'news' in data.dirs={news} has no value",)),
+    ("evaluate", ["exclude=[a"], ("exclude=[a is a list without its end",)),
+    ("evaluate", ["exclude=null"], ("exclude=null: expected [A,B,…]",)),
+    ("evaluate", ["data.dirs=null"], ("data.dirs=null: expected {NAME:VALUE,…}",)),
+    ("evaluate", ["sweep_active_experts=[one]"], ("sweep_active_experts[0]=one: expected a whole number",)),
+    ("pipeline", ["pipeline.gates={gain:much}"], ("pipeline.gates.gain=much: expected a number",)),
+    ("pipeline", ["pipeline.owners={m:null}"], ("pipeline.owners.m=null: expected [A,B,…]",)),
     # groups
     ("prepare", ["data=demo_poems"], ("data=demo_poems", "demo_math")),
     ("pretrain", ["model=huge"], ("model=huge", "tiny")),
@@ -111,7 +119,11 @@ BAD: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("expert", ["name=Math"], ("name=Math is not an expert id", "title=")),
     ("expert", ["name=public"], ("name=public is not an expert id",)),
     ("expert", ["name="], ("name= is not an expert id",)),
-    ("expert", ["router.init=mean"], ("router.init=mean needs router.public_data=DIR",)),
+    ("expert", ["license=all rights reserved"], ("license=all rights reserved", "SPDX", "LicenseRef-NAME")),
+    ("prepare", ["data.license="], ("data.license= is not an SPDX expression",)),
+    ("expert", ["router.init=random", "public_share=0.2"], ("public_share=0.2 needs public_data=DIR",)),
+    ("expert", ["public_share=1.5"], ("public_share=1.5 must be in [0, 1)",)),
+    ("expert", ["router.init=mean"], ("router.init=mean needs public_data=DIR",)),
     ("expert", ["router.init=best"], ("router.init=best is not one of mean, unit_mean, discriminant, random",)),
     ("expert", ["router.init=mean", "router.embedding=v.npy"], ("needs router.public_embedding",)),
     ("expert", ["router.init=discriminant", "router.embedding=v.npy"], ("needs router.embedding=stream",)),
@@ -130,15 +142,16 @@ BAD: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("pipeline", ["pipeline.experts.Bad=[data=demo_math]"], ("pipeline.experts.Bad", "a-z")),
     ("pipeline", ["seed=-1"], ("seed=-1",)),
     # inputs that are not there
-    ("prepare", [], ("/none", "tokenizer.json")),
-    ("pretrain", [], ("/none", "flexpert prepare")),
-    ("expert", [], ("/none", "config.json")),
-    ("assemble", [], ("/none",)),
-    ("remove", [], ("/none",)),
-    ("evaluate", [], ("/none",)),
-    ("generate", ["prompt=x"], ("/none",)),
-    ("generate", ["prompt_file=/none/prompt"], ("/none",)),
-    ("report", [], ("/none",)),
+    ("prepare", [], ("tokenizer=/none does not exist", "tokenizer.json")),
+    ("pretrain", [], ("data.dir=/none does not exist", "flexpert prepare")),
+    ("expert", [], ("data.dir=/none does not exist",)),
+    ("assemble", [], ("base=/none does not exist", "config.json")),
+    ("remove", [], ("model=/none does not exist",)),
+    ("tune_router", [], ("data.dir=/none does not exist",)),
+    ("evaluate", [], ("model=/none does not exist",)),
+    ("generate", ["prompt=x"], ("model=/none does not exist", "on this machine")),
+    ("report", [], ("run=/none does not exist", "flexpert pipeline")),
+    ("pipeline", ["pipeline.base=/none"], ("pipeline.base=/none does not exist",)),
 ]
 
 
@@ -171,6 +184,104 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     assert set(tmp_path.rglob("*")) <= {tmp_path / "runs"}  # the parent of the default output_dir, empty
 
 
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current directory: runs as the stages lay them out, with the files that tell what a directory is."""
+    monkeypatch.chdir(tmp_path)
+    for file in (
+        "run/pipeline.yaml", "run/data/news/manifest.json", "run/data/news/tokenizer/tokenizer.json",
+        "run/public/model/config.json", "run/public/model/tokenizer.json", "run/public/model/model.safetensors",
+        "run/experts/news/contribution/contribution.json", "run/assembled/config.json", "partial/logs/public.log",
+    ):  # fmt: skip
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+
+
+#: Stage, key and directory in place of one of those that it needs, and the line.
+WRONG_PATHS: list[tuple[str, str, str, str]] = [
+    ("generate", "model", "run/data/news", "model=run/data/news is a data set, not a model: give a Hugging Face"),
+    ("generate", "model", "run/public", "model=run/public is not a model, it has no config.json: did you mean"
+     " run/public/model?"),
+    ("generate", "model", "run", "model=run is a pipeline's run, not a model: did you mean run/assembled?"),
+    ("generate", "model", "run/public/model/model.safetensors", "is a file, not a model: did you mean"
+     " run/public/model?"),
+    ("generate", "model", "allenai/OLMo-2-1124-7B", "model=allenai/OLMo-2-1124-7B does not exist: give a Hugging Face"
+     " model directory on this machine"),
+    ("generate", "model", "m" * 5000, "does not exist"),
+    ("pretrain", "data.dir", "run/data/news/tokenizer", "is a tokenizer, not a data set: did you mean run/data/news?"),
+    ("pretrain", "base", "run/data/news", "base=run/data/news is a data set, not a model"),
+    ("expert", "base", "run/public/modle", "base=run/public/modle does not exist: give a Hugging Face"),
+    ("expert", "public_data", "run/public/model", "public_data=run/public/model is a model, not a data"),
+    ("tune_router", "model", "run/experts/news/contribution", "model=run/experts/news/contribution is a contribution,"
+     " not a model"),
+    ("assemble", "base", "run/public", "did you mean run/public/model?"),
+    ("assemble", "contributions", "run/experts/news/contribution,run/experts/news", "contributions=run/experts/news is"
+     " not a contribution, it has no contribution.json: did you mean run/experts/news/contribution?"),
+    ("remove", "model", "run/data", "model=run/data is not a model"),
+    ("evaluate", "data.dirs.math", "run/data/math", "data.dirs.math=run/data/math does not exist"),
+    ("evaluate", "baselines.public", "run/public", "baselines.public=run/public is not a model"),
+    ("evaluate", "baselines.dense.news", "run", "baselines.dense.news=run is a pipeline's run, not a model"),
+    ("prepare", "tokenizer", "run/data/news", "is a data set, not a tokenizer: did you mean run/data/news/tokenizer?"),
+    ("prepare", "tokenizer", "run/public", "did you mean run/public/model?"),
+    ("report", "run", "run/assembled", "run=run/assembled is a model, not a pipeline's run: did you mean run?"),
+    ("pipeline", "pipeline.base", "run/public", "did you mean run/public/model?"),
+]  # fmt: skip
+
+
+def right_path(stage: str, key: str) -> str | None:
+    """The directory that an option takes, where it takes one."""
+    places = {
+        "model": "run/public/model",
+        "data": "run/data/news",
+        "contribution": "run/experts/news/contribution",
+        "tokenizer": "run/data/news/tokenizer",
+        "run": "run",
+    }
+    field = next((field for name, _, field in all_keys(STAGE_CONFIGS[stage]) if key == name), None)
+    return places.get(field.metadata.get("path", "")) if field is not None else None
+
+
+def with_right_paths(stage: str) -> list[str]:
+    words = []
+    for word in NEEDED[stage]:
+        key, _, value = word.partition("=")
+        words.append(f"{key}={right_path(stage, key.replace('data.dirs.all', 'data.dirs')) or value}")
+    return words
+
+
+@pytest.mark.usefixtures("tree")
+@pytest.mark.parametrize(("stage", "key", "path", "message"), WRONG_PATHS, ids=[f"{r[0]} {r[1]}" for r in WRONG_PATHS])
+def test_a_wrong_path_is_answered_with_what_was_probably_meant(
+    stage: str, key: str, path: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = one_line_of_status_2([stage, *with_right_paths(stage), f"{key}={path}"], capsys)
+    assert message in line
+    assert f"{key}=" in line
+
+
+@pytest.mark.usefixtures("tree")
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_right_paths_are_accepted(stage: str) -> None:
+    check_paths(stage, compose(stage, with_right_paths(stage))[0])
+
+
+@pytest.mark.usefixtures("tree")
+def test_what_is_left_of_a_run_may_be_reported_on() -> None:
+    check_paths("report", compose("report", ["run=partial"])[0])
+
+
+def test_every_input_directory_is_looked_at() -> None:
+    found = {(stage, key) for stage in STAGES for key, _, field in all_keys(STAGE_CONFIGS[stage])
+             if "path" in field.metadata}  # fmt: skip
+    assert found == {
+        ("prepare", "tokenizer"), ("pretrain", "data.dir"), ("pretrain", "base"), ("expert", "data.dir"),
+        ("expert", "base"), ("expert", "public_data"), ("tune_router", "data.dir"), ("tune_router", "model"),
+        ("assemble", "base"), ("assemble", "contributions"), ("remove", "model"), ("evaluate", "model"),
+        ("evaluate", "data.dirs"), ("evaluate", "baselines.public"), ("evaluate", "baselines.dense"),
+        ("generate", "model"), ("report", "run"), ("pipeline", "pipeline.base"),
+    }  # fmt: skip
+
+
 def test_the_table_of_mistakes_covers_every_stage() -> None:
     assert {stage for stage, _, _ in BAD} == STAGES.keys() == STAGE_CONFIGS.keys() == NEEDED.keys()
 
@@ -184,13 +295,13 @@ def test_an_unknown_stage_is_answered_with_the_stages(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("stage", "keys"),
     [
-        ("prepare", ["data.documents"]),
+        ("prepare", ["data.documents", "output_dir"]),
         ("pretrain", ["data.dir"]),
         ("expert", ["data.dir", "base", "name"]),
-        ("assemble", ["base"]),
-        ("remove", ["model"]),
+        ("assemble", ["base", "contributions"]),
+        ("remove", ["model", "experts"]),
         ("tune_router", ["data.dir", "model"]),
-        ("evaluate", ["model"]),
+        ("evaluate", ["model", "data.dirs"]),
         ("generate", ["model"]),
         ("report", ["run"]),
     ],
@@ -214,6 +325,79 @@ def test_the_help_of_a_stage_lists_every_key_with_its_meaning(stage: str, capsys
         assert f"\n  {group}=NAME   one of {', '.join(group_options(group))}" in out
 
 
+def test_help_begins_with_the_keys_that_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["expert", "--help"])
+    _, _, rest = capsys.readouterr().out.partition("\nrequired:\n")
+    required, _, others = rest.partition("\n\n")
+    assert re.findall(r"^  (\S+)=…$", required, re.MULTILINE) == ["data.dir", "base", "name"]
+    assert "=…" not in others
+    assert "needed unless router.init=random" in others
+    assert others.count("give exactly one of") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "not_shown"),
+    [
+        (["pipeline", "pipeline=smoke"], "pipeline.experts={math:[data=demo_math],news:[data=demo_news]}", "code"),
+        (["pretrain", "model=small", "train.steps=3"], "model.hidden_size=512", "train.steps=3"),
+        (["prepare", "data=demo_math"], "\ndefaults:\n  data.documents=demo:math", "data.documents=…"),
+    ],
+)
+def test_help_shows_the_values_of_the_choices_beside_it(
+    words: list[str], shown: str, not_shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*words, "--help"])
+    out = capsys.readouterr().out
+    assert shown in out
+    assert not_shown not in re.sub(r"one of .*", "", out)
+
+
+def test_help_refuses_a_choice_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no pipeline=none" in one_line_of_status_2(["pipeline", "pipeline=none", "--help"], capsys)
+
+
+@pytest.mark.parametrize(
+    "license_",
+    ["MIT", "Apache-2.0", "GPL-2.0+", "MIT OR Apache-2.0", "GPL-2.0-only WITH Classpath-exception-2.0",
+     "(MIT OR (ISC AND CC0-1.0)) AND LicenseRef-terms.2024", "LicenseRef-private-terms"],
+)  # fmt: skip
+def test_a_licence_is_an_spdx_expression(license_: str) -> None:
+    check_license("license", license_)
+
+
+@pytest.mark.parametrize(
+    "license_",
+    ["", "all rights reserved", "MIT or ISC", "MIT OR", "(MIT", "MIT)", "MIT/ISC", "MIT, ISC", "MIT\n", "()"],
+)
+def test_another_text_is_no_licence(license_: str) -> None:
+    with pytest.raises(UserError, match="LicenseRef-NAME"):
+        check_license("license", license_)
+
+
+def test_an_evaluation_goes_into_a_directory_of_its_own() -> None:
+    config, resolved = compose("evaluate", NEEDED["evaluate"])
+    assert re.fullmatch(r"runs/evaluations/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", config.output_dir)
+    assert yaml.safe_load(resolved)["output_dir"] == config.output_dir
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        (["train.steps=200"], True),
+        (["train.steps=200", "optim.warmup_steps=200"], True),
+        (["train.steps=200", "optim.warmup_steps=300", "optim.horizon_steps=1000"], True),
+        (["train.tokens=200", "train.batch_tokens=4096", "optim.warmup_steps=1"], True),
+        (["train.steps=200", "optim.warmup_steps=199"], False),
+        (["train.steps=200", "optim.warmup_steps=0"], False),
+    ],
+)
+def test_a_warm_up_that_the_run_does_not_outlast_is_noted(overrides: list[str], noted: bool) -> None:
+    config, _ = compose("pretrain", ["data.dir=/none", *overrides])
+    warmup, steps = config.optim.warmup_steps, config.train.num_steps
+    start = f"optim.warmup_steps={warmup} is not shorter than the run's {steps} steps"
+    assert [note.startswith(start) for note in config.notes()] == [True] * noted
+
+
 def test_help_of_the_command_lists_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     out = capsys.readouterr().out
@@ -234,6 +418,8 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
         "import sys; from flexpert.cli import main; main(['--help']); assert 'hydra' not in sys.modules\n"
         "main(['pretrain', '--help']); assert 'torch' not in sys.modules\n"
         "try: main(['pretrain', 'no.key=1'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules\n"
+        "try: main(['expert', 'base=/none', 'data.dir=/none', 'name=a', 'train.steps=1', 'router.init=random'])\n"
         "except SystemExit: assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

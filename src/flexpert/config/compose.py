@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from flexpert.config.groups import Lockable
 from flexpert.config.stages import STAGE_CONFIGS
@@ -44,6 +44,13 @@ def groups_of(stage: str) -> list[str]:
     content: Any = OmegaConf.load(conf_directory() / f"{stage}.yaml")
     defaults = content.get("defaults", [])
     return [str(name) for entry in defaults if OmegaConf.is_dict(entry) for name in entry]
+
+
+def check_group_choice(override: str) -> None:
+    """Raises `UserError` where GROUP=NAME names no file of the group."""
+    group, _, name = override.lstrip("+").partition("=")
+    if name not in group_options(group):
+        raise UserError(f"there is no {group}={name}: choose one of {', '.join(group_options(group))}")
 
 
 @functools.cache
@@ -111,30 +118,31 @@ def unquote(text: str) -> str:
     return text[1:-1] if is_quoted else text
 
 
-def list_items(text: str) -> list[str]:
+def list_items(key: str, text: str) -> list[str]:
     text = text.strip()
     if text.startswith("[") and not text.endswith("]"):
-        raise UserError(f"{text} is a list without its end: write [A,B,…], in quotes where it holds a blank")
+        raise UserError(f"{key}={text} is a list without its end: write [A,B,…], in quotes where it holds a blank")
     return split_items(text[1:-1] if text.startswith("[") else text)
 
 
-def parse_text(text: str, hint: Any) -> Any:
-    """A value of type `hint`, `str`, `list[str]` or a mapping, exactly as typed; `null` is None."""
+def parse_text(key: str, text: str, hint: Any) -> Any:
+    """The value of `key`, of type `hint`, `str`, `list[str]` or a mapping, exactly as typed; `null` is None."""
     if text == "null":
         return None
     if hint is str:
         return unquote(text)
     if typing.get_origin(hint) is dict:
-        return parse_mapping(text, typing.get_args(hint)[1])
-    return [unquote(item) for item in list_items(text)]
+        return parse_mapping(key, text, typing.get_args(hint)[1])
+    return [unquote(item) for item in list_items(key, text)]
 
 
-def parse_mapping(text: str, hint: Any) -> dict[str, Any]:
+def parse_mapping(key: str, text: str, hint: Any) -> dict[str, Any]:
     """`{name:value,…}` where `hint` is the type of the values; the names are always text, also `2024_05`."""
     text = text.strip()
     if not (text.startswith("{") and text.endswith("}")):
         raise UserError(
-            f"{text} is not a mapping: write '{{NAME:VALUE,…}}', in quotes that keep the shell away from it"
+            f"{key}={text} is not a mapping: write '{key}={{NAME:VALUE,…}}' with the quotes, without which the shell "
+            f"splits it, or {key}.NAME=VALUE"
         )
     result = {}
     for item in split_items(text[1:-1]):
@@ -143,8 +151,8 @@ def parse_mapping(text: str, hint: Any) -> dict[str, Any]:
         name, colon, value = item[end:].partition(":")
         name = item[:end] + name
         if not colon:
-            raise UserError(f"'{item}' in {text} has no value: write {{NAME:VALUE,…}}")
-        result[unquote(name.strip())] = parse_text(value.strip(), hint if hint == list[str] else str)
+            raise UserError(f"'{item}' in {key}={text} has no value: write {{NAME:VALUE,…}}")
+        result[unquote(name.strip())] = parse_text(key, value.strip(), hint if hint == list[str] else str)
     return result
 
 
@@ -189,16 +197,15 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
         if field.metadata.get("literal"):
             return TextOverride(name, value, literal=True)
         if is_text(hint):
-            return TextOverride(name, parse_text(value, hint))
+            return TextOverride(name, parse_text(name, value, hint))
         return f"{name}={whole_number(value) if hint is int else value}"
     for parent, (hint, _) in leaves.items():
         if typing.get_origin(hint) is dict and name.startswith(f"{parent}."):
             item, item_hint = name.removeprefix(f"{parent}."), typing.get_args(hint)[1]
-            content = parse_text(value, item_hint if item_hint == list[str] else str)
+            content = parse_text(name, value, item_hint if item_hint == list[str] else str)
             return TextOverride(parent, {item: content}, merge=True)
     if name in groups_of(stage):
-        if value not in group_options(name):
-            raise UserError(f"there is no {name}={value}: choose one of {', '.join(group_options(name))}")
+        check_group_choice(override)
         return override
     nearest = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
     nearest = nearest or [leaf for leaf in leaves if leaf.endswith(f".{name}")][:1]
@@ -206,15 +213,41 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
     raise UserError(f"unknown key '{name}' for stage {stage}{hint_text} (all keys: `flexpert {stage} --help`)")
 
 
-def one_line(error: Exception) -> str:
-    """The first informative line of a Hydra or OmegaConf error, with the full key where it has one."""
+def as_typed(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{as_typed(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(as_typed, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def expected(key: str, stage: str) -> str:
+    """What a key takes, in words; `key` may be that of an item: `optim.betas[0]`, `pipeline.gates.NAME`."""
+    leaves = leaves_of(stage)
+    if key in leaves:
+        hint, field = leaves[key]
+        return words_for(hint) + (" or null" if type(None) in typing.get_args(field.type) else "")
+    whole = next(leaf for leaf in leaves if key.startswith((f"{leaf}.", f"{leaf}[")))
+    return words_for(typing.get_args(leaves[whole][0])[-1])
+
+
+def words_for(hint: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(hint) or ("{NAME:VALUE,…}" if typing.get_origin(hint) is dict else "[A,B,…]")
+
+
+def one_line(error: Exception, stage: str) -> str:
+    """What a Hydra or OmegaConf error says, with the full key where it has one; a wrong value in our own words."""
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: write a number, true, false or null, and several as [A,B]"
     if isinstance(error, HydraException) and isinstance(error.__cause__, Exception):
-        return one_line(error.__cause__)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    return f"{key}: {lines[0]}" if key else lines[0]
+        return one_line(error.__cause__, stage)
+    key = error.full_key if isinstance(error, OmegaConfBaseException) else None
+    if key and isinstance(error, ValidationError) and not isinstance(error, InterpolationResolutionError):
+        return f"{key}={as_typed(error.value)}: expected {expected(key, stage)}"
+    line = next(line.strip() for line in str(error).splitlines() if line.strip())
+    return f"{key}: {line}" if key else line
 
 
 def missing_keys(content: Any, prefix: str = "") -> list[str]:
@@ -256,7 +289,7 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
             node = hydra_compose(config_name=stage, overrides=for_hydra)
         texts = [override for override in parsed if isinstance(override, TextOverride)]
         for key, value, merge, _ in (override for override in texts if not override.literal):
-            before = OmegaConf.select(node, key) if merge else {}
+            before = (OmegaConf.select(node, key) or {}) if merge else {}  # a mapping that must be given is None
             with open_dict(node):
                 OmegaConf.update(node, key, {**before, **value} if merge else value, merge=False)
         missing = missing_keys(OmegaConf.to_container(node))
@@ -265,28 +298,12 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
         config = OmegaConf.to_object(node)
         text = OmegaConf.to_yaml(node, resolve=True)
     except (InterpolationResolutionError, GrammarParseError) as error:
-        raise UserError(f"{one_line(error)} (${{KEY}} stands for the value of KEY; \\${{ is the text itself)") from None
+        raise UserError(
+            f"{one_line(error, stage)} (${{KEY}} stands for the value of KEY; \\${{ is the text itself)"
+        ) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_line(error)) from None
+        raise UserError(one_line(error, stage)) from None
     for override in (override for override in texts if override.literal):
         setattr(config, override.key, override.value)
     lock_all(config)
     return config, text
-
-
-def describe(stage: str) -> str:
-    """The help of a stage: every key with its default and meaning."""
-    register_schema(stage)
-    GlobalHydra.instance().clear()
-    with initialize_config_module("flexpert.conf", version_base="1.3"):
-        node = hydra_compose(config_name=stage)
-    schema, defaults = STAGE_CONFIGS[stage], OmegaConf.to_container(node)
-    lines = [(schema.__doc__ or "").strip(), "", f"usage: flexpert {stage} key=value …", ""]
-    lines += [f"  {group}=NAME   one of {', '.join(group_options(group))}" for group in groups_of(stage)]
-    for key, (_, field) in leaves_of(stage).items():
-        value: Any = defaults
-        for name in key.split("."):
-            value = value[name]
-        shown = {"???": "required", "None": "null", "True": "true", "False": "false"}.get(str(value), value)
-        lines.append(f"  {key}={shown}\n        {field.metadata['help']}")
-    return "\n".join(lines)

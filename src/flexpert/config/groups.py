@@ -18,6 +18,10 @@ from flexpert.errors import UserError
 #: Ids become file names, so they are short enough for every file system.
 EXPERT_ID = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
+_LICENSE = r"[A-Za-z0-9.+-]+( WITH [A-Za-z0-9.+-]+)?"
+#: An SPDX expression without parentheses.
+SPDX_EXPRESSION = rf"{_LICENSE}( (AND|OR) {_LICENSE})*"
+
 
 def opt(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with a default and a help text; lists and dicts get a fresh copy each."""
@@ -57,6 +61,20 @@ def check_seed(seed: int) -> None:
     require(0 <= seed < 2**32, f"seed={seed} must be in [0, 2^32)")
 
 
+def check_license(key: str, value: str | None) -> None:
+    """The syntax of SPDX expressions; whether an id is on SPDX's list, which grows, is not looked at."""
+    if value is None:
+        return
+    before, expression = "", value
+    while expression != before:  # from the inside out, what is in parentheses becomes one id
+        before, expression = expression, re.sub(rf"\( ?{SPDX_EXPRESSION} ?\)", "id", expression)
+    require(
+        re.fullmatch(SPDX_EXPRESSION, expression) is not None,
+        f"{key}={value} is not an SPDX expression, such as MIT or 'Apache-2.0 OR CC-BY-4.0': give one, or "
+        "LicenseRef-NAME for terms of your own",
+    )
+
+
 class Lockable:
     """Assignment raises once `lock` was called: stages share one config and none may bend it."""
 
@@ -70,6 +88,10 @@ class Lockable:
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot work together."""
+
+    def notes(self) -> list[str]:
+        """What the user should know before the stage starts, and is no mistake; one line each."""
+        return []
 
 
 @dataclass
@@ -206,7 +228,7 @@ class MonitorConfig(Lockable):
 
 @dataclass
 class TrainDataConfig(Lockable):
-    dir: str = opt(MISSING, "data set written by `flexpert prepare`")
+    dir: str = opt(MISSING, "data set written by `flexpert prepare`", path="data")
     intra_document_attention: bool = opt(False, "no token attends to another document in its window")
 
 
@@ -214,8 +236,10 @@ class TrainDataConfig(Lockable):
 class TrainConfig(Lockable):
     """What every training stage shares. A step is one optimiser update over `batch_tokens` tokens."""
 
-    steps: int | None = opt(None, "optimiser steps; give this or train.tokens")
-    tokens: int | None = opt(None, "training tokens, rounded up to whole steps")
+    steps: int | None = opt(None, "optimiser steps; give exactly one of this and train.tokens")
+    tokens: int | None = opt(
+        None, "training tokens, rounded up to whole steps; give exactly one of this and train.steps"
+    )
     batch_tokens: int = opt(4_194_304, "tokens in one optimiser step")
     sequence_length: int = opt(4096, "tokens in one sequence")
     microbatch_sequences: int = opt(1, "sequences in one forward pass; a step accumulates over its microbatches")
@@ -271,7 +295,6 @@ class RouterConfig(Lockable):
         "stream", "stream: the public model's own at every layer; a sentence-transformers directory; or a .npy vector"
     )
     public_embedding: str | None = opt(None, "the public documents' .npy vector, where router.embedding is one")
-    public_data: str | None = opt(None, "public data set to contrast with; needed by mean, unit_mean, discriminant")
     documents: int = opt(1000, "documents that the statistics are taken from, own and public each")
     bias: bool = opt(False, "train a bias, at most 0; the assembled model then needs Flexpert to load it")
     calibration_steps: int = opt(
@@ -286,20 +309,15 @@ class RouterConfig(Lockable):
         share = self.calibration_public_share
         require(0 < share < 1, f"router.calibration_public_share={share} must lie between 0 and 1")
         require(self.calibration_steps >= 0, f"router.calibration_steps={self.calibration_steps} must not be negative")
-        require(
-            self.calibration_steps == 0 or self.public_data is not None,
-            "router.calibration_steps needs router.public_data=DIR, public text to calibrate on",
-        )
         is_vector = self.embedding.endswith(".npy")
         if self.init == "discriminant":
             require(self.embedding == "stream", "router.init=discriminant needs router.embedding=stream")
         if is_vector and self.init != "random":
             require(self.public_embedding is not None, "router.embedding=FILE.npy needs router.public_embedding")
-        elif self.init != "random":
-            require(
-                self.public_data is not None,
-                f"router.init={self.init} needs router.public_data=DIR, public text to contrast with",
-            )
+
+    @property
+    def needs_public_text(self) -> bool:
+        return self.init != "random" and not self.embedding.endswith(".npy")
 
 
 @dataclass
@@ -308,13 +326,18 @@ class PrepareDataConfig(Lockable):
 
     documents: str = opt(MISSING, "glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or text files, or demo:NAME")
     text_field: str = opt("text", "field of a JSON line or parquet row that holds the text")
-    license: str | None = opt(None, "licence of the text, kept in the manifest")
+    license: str | None = opt(None, "licence of the text, as an SPDX expression; kept in the manifest")
     answer_marker: str | None = opt(None, "text before the final answer of a document; evaluation scores what follows")
+
+    def check(self) -> None:
+        check_license("data.license", self.license)
 
 
 @dataclass
 class TrainTokenizerConfig(Lockable):
-    vocab_size: int | None = opt(None, "train a byte-level BPE of this size on the documents; null: use tokenizer=DIR")
+    vocab_size: int | None = opt(
+        None, "train a byte-level BPE of this size on the documents; give exactly one of this and tokenizer"
+    )
 
     def check(self) -> None:
         require(
@@ -325,7 +348,7 @@ class TrainTokenizerConfig(Lockable):
 
 @dataclass
 class EvaluateDataConfig(Lockable):
-    dirs: dict[str, str] = opt({}, "data sets to evaluate on: {news:DIR,math:DIR}")
+    dirs: dict[str, str] = opt(MISSING, "data sets to evaluate on: {news:DIR,math:DIR}", path="data")
     split: str = opt("valid", "valid or train")
     max_documents: int | None = opt(None, "documents of each data set; null: all of the split")
 
@@ -339,8 +362,8 @@ class EvaluateDataConfig(Lockable):
 class BaselinesConfig(Lockable):
     """What an assembled model is compared with: the owners' dense fine-tunes, alone and combined."""
 
-    public: str | None = opt(None, "the public model")
-    dense: dict[str, str] = opt({}, "dense fine-tunes of the public model by domain: {news:DIR,…}")
+    public: str | None = opt(None, "the public model", path="model")
+    dense: dict[str, str] = opt({}, "dense fine-tunes of the public model by domain: {news:DIR,…}", path="model")
     soup: bool = opt(True, "average of the public model's and all dense fine-tunes' weights")
     btm: bool = opt(True, "Branch-Train-Merge: ensemble weighted by each model's likelihood of the text so far")
     btm_temperature: float = opt(1.0, "temperature of those weights, in nats of evidence")
@@ -369,12 +392,13 @@ class PipelineGraphConfig(Lockable):
     """Group `pipeline`: the stages of a run as lists of overrides, written just as on the command line."""
 
     name: str = opt(MISSING, "name of the run")
-    base: str | None = opt(None, "an existing public model; null: pretrain one")
+    base: str | None = opt(None, "an existing public model; null: pretrain one", path="model")
     public_data: list[str] = opt([], "overrides of `prepare` for the public text")
     public: list[str] = opt([], "overrides of `pretrain` for the public model")
     experts: dict[str, list[str]] = opt({}, "expert id: overrides of `prepare` for its owner's text")
     prepare: list[str] = opt([], "overrides of `prepare` shared by all experts")
     expert: list[str] = opt([], "overrides of `expert` shared by all experts")
+    owners: dict[str, list[str]] = opt({}, "expert id: overrides of `expert` for this owner alone")
     dense: list[str] | None = opt(None, "overrides of `pretrain` for dense fine-tunes (baselines); null: none")
     assemble: list[str] = opt([], "overrides of `assemble`")
     tune_router: list[str] | None = opt(None, "overrides of `tune_router`; null: the router stays as assembled")

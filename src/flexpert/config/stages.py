@@ -22,6 +22,7 @@ from flexpert.config.groups import (
     TrainDataConfig,
     TrainTokenizerConfig,
     check_choice,
+    check_license,
     check_not_negative,
     check_positive,
     check_seed,
@@ -48,13 +49,22 @@ class TrainingStage(Lockable):
         check_choice("resume", self.resume, ("auto", "never"))
         check_seed(self.seed)
 
+    def notes(self) -> list[str]:
+        warmup, steps = self.optim.warmup_steps, self.train.num_steps
+        if warmup < steps:
+            return []
+        return [
+            f"optim.warmup_steps={warmup} is not shorter than the run's {steps} steps: the learning rate still rises "
+            "when the run ends"
+        ]
+
 
 @dataclass
 class PretrainConfig(TrainingStage):
     """`flexpert pretrain`: a dense public model, from nothing or from an existing one."""
 
     model: ModelConfig = opt(ModelConfig, "")
-    base: str | None = opt(None, "start from this Olmo2ForCausalLM directory; its shape replaces model.*")
+    base: str | None = opt(None, "start from this Olmo2ForCausalLM directory; its shape replaces model.*", path="model")
 
     def check(self) -> None:
         super().check()
@@ -68,26 +78,47 @@ class PretrainConfig(TrainingStage):
 class ExpertConfig(TrainingStage):
     """`flexpert expert`: one owner's expert, trained beside the frozen public model."""
 
-    base: str = opt(MISSING, "the public model, an Olmo2ForCausalLM directory")
+    base: str = opt(MISSING, "the public model, an Olmo2ForCausalLM directory", path="model")
     name: str = opt(MISSING, "the expert's id: a-z, then a-z, 0-9 and -")
     title: str | None = opt(None, "display name; null: the id")
-    license: str | None = opt(None, "licence of the contribution, as an SPDX expression")
+    license: str | None = opt(
+        None, "licence of the contribution, as an SPDX expression; LicenseRef-NAME: terms of your own"
+    )
+    public_data: str | None = opt(
+        None,
+        "public data set: for the router's start (needed unless router.init=random), public_share and "
+        "router.calibration_steps",
+        path="data",
+    )
+    public_share: float = opt(
+        0.0,
+        "share of public sequences in training: they teach the row what is not its owner's, the FFN not to harm it",
+    )
     router: RouterConfig = opt(RouterConfig, "")
 
     def check(self) -> None:
         super().check()
+        require(0 <= self.public_share < 1, f"public_share={self.public_share} must be in [0, 1)")
+        uses = {
+            f"router.init={self.router.init}": self.router.needs_public_text,
+            f"public_share={self.public_share}": self.public_share > 0,
+            "router.calibration_steps": self.router.calibration_steps > 0,
+        }
+        for use in (use for use, needed in uses.items() if needed):
+            require(self.public_data is not None, f"{use} needs public_data=DIR, prepared public text")
         require(
             EXPERT_ID.fullmatch(self.name) is not None and self.name != "public",
             f"name={self.name} is not an expert id: a-z, then a-z, 0-9 and '-', at most 64; 'public' is taken "
             "(title= is the display name)",
         )
+        check_license("license", self.license)
 
 
 @dataclass
 class TuneRouterConfig(TrainingStage):
     """`flexpert tune_router`: train the router rows of an assembled model, and nothing else."""
 
-    model: str = opt(MISSING, "assembled model directory")
+    model: str = opt(MISSING, "assembled model directory", path="model")
     active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
 
     def check(self) -> None:
@@ -100,7 +131,12 @@ class PrepareConfig(Lockable):
     """`flexpert prepare`: documents to token files that Megatron reads."""
 
     data: PrepareDataConfig = opt(PrepareDataConfig, "")
-    tokenizer: str | None = opt(None, "directory with tokenizer.json (a model's, or a data set's `tokenizer`)")
+    tokenizer: str | None = opt(
+        None,
+        "directory with tokenizer.json (a model's, or a data set's `tokenizer`); give exactly one of this and "
+        "train_tokenizer.vocab_size",
+        path="tokenizer",
+    )
     train_tokenizer: TrainTokenizerConfig = opt(TrainTokenizerConfig, "")
     valid_fraction: float = opt(0.01, "share of the documents held out, chosen by a hash of the text")
     valid_documents: int | None = opt(None, "at most this many held-out documents are kept; the others are dropped")
@@ -121,8 +157,10 @@ class PrepareConfig(Lockable):
 class AssembleConfig(Lockable):
     """`flexpert assemble`: public model and contributions to one mixture, with no training."""
 
-    base: str = opt(MISSING, "the public model that every contribution was trained against")
-    contributions: list[str] = opt([], "contribution directories; their order is the experts' order")
+    base: str = opt(MISSING, "the public model that every contribution was trained against", path="model")
+    contributions: list[str] = opt(
+        MISSING, "contribution directories; their order is the experts' order", path="contribution"
+    )
     active_experts: int | None = opt(None, "experts that run for each token; null: all")
     output_dir: str = opt(MISSING, "where the assembled model goes")
 
@@ -135,8 +173,8 @@ class AssembleConfig(Lockable):
 class RemoveConfig(Lockable):
     """`flexpert remove`: an assembled model without some experts, byte for byte as if they had never been there."""
 
-    model: str = opt(MISSING, "assembled model directory")
-    experts: list[str] = opt([], "ids of the experts to take out")
+    model: str = opt(MISSING, "assembled model directory", path="model")
+    experts: list[str] = opt(MISSING, "ids of the experts to take out")
     record_removed: bool = opt(False, "keep the number (never the names) of removed experts in assembly.json")
     output_dir: str = opt(MISSING, "where the smaller model goes")
 
@@ -148,7 +186,7 @@ class RemoveConfig(Lockable):
 class EvaluateConfig(Lockable):
     """`flexpert evaluate`: bits per byte, answers and routing on held-out documents, under any choice of experts."""
 
-    model: str = opt(MISSING, "model directory, dense or assembled")
+    model: str = opt(MISSING, "model directory, dense or assembled", path="model")
     data: EvaluateDataConfig = opt(EvaluateDataConfig, "")
     exclude: list[str] = opt([], "experts to leave out; as if removed")
     active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
@@ -173,7 +211,7 @@ class EvaluateConfig(Lockable):
 class GenerateConfig(Lockable):
     """`flexpert generate`: continue a prompt."""
 
-    model: str = opt(MISSING, "model directory, dense or assembled")
+    model: str = opt(MISSING, "model directory, dense or assembled", path="model")
     prompt: str = opt("-", "text to continue; -: read standard input", literal=True)
     prompt_file: str | None = opt(None, "read the prompt from this file instead")
     exclude: list[str] = opt([], "experts to leave out; as if removed")
@@ -197,7 +235,7 @@ class GenerateConfig(Lockable):
 class ReportConfig(Lockable):
     """`flexpert report`: one self-contained page about a pipeline's run."""
 
-    run: str = opt(MISSING, "run directory of a pipeline")
+    run: str = opt(MISSING, "run directory of a pipeline", path="run")
     output: str | None = opt(None, "HTML file to write; null: report.html in the run directory")
 
 
