@@ -301,6 +301,44 @@ def test_a_baseline_of_another_tokenizer_vocabulary_or_shape(
     assert list(methods) == ["model", "public", "dense math", "btm"]
 
 
+def test_the_table_says_what_was_left_out(
+    road: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["sweep_active_experts=[1]", f"baselines.public={models}/dense", "leave_one_out=true"]
+
+    def labels(output: Path, *overrides: str) -> list[str]:
+        capsys.readouterr()
+        evaluate(road, models / "mixture", output, *options, *overrides)
+        rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        return [row[1].strip() for row in rows]
+
+    assert labels(tmp_path / "a") == ["model", "without expert-1", "without expert-2", "active 1", "public"]
+    assert labels(tmp_path / "b", "exclude=expert-1") == [
+        "model without expert-1",
+        "without expert-1, expert-2",
+        "active 1 without expert-1",
+        "public",
+    ]
+    methods = json.loads((tmp_path / "b/evaluation.json").read_text())["methods"]
+    assert list(methods) == ["model", "without expert-2", "active 1", "public"]
+
+
+@pytest.mark.parametrize("damaged", ["mixture", "dense"])
+def test_a_damaged_weight_file_leaves_nothing_written(
+    damaged: str, road: Path, models: Path, tmp_path: Path, refused: Refused
+) -> None:
+    for name in ("mixture", "dense"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        model = load_model(models / name)[0]
+        save_model(model, tmp_path / "models" / name, load_tokenizer(road / "public/model"), torch.float32, 20_000)
+    weights = sorted((tmp_path / "models" / damaged).glob("*.safetensors"))
+    assert len(weights) > 1, "several files, as `assemble` writes them"
+    weights[-1].write_bytes(weights[-1].read_bytes()[:-1])
+    with refused(weights[-1]):
+        evaluate(road, tmp_path / "models/mixture", tmp_path / "out", f"baselines.public={tmp_path}/models/dense")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_keeps_its_configuration(road: Path, models: Path, tmp_path: Path, refused: Refused) -> None:
     first = evaluate(road, models / "mixture", tmp_path / "out")
     assert evaluate(road, models / "mixture", tmp_path / "out") == first

@@ -1,6 +1,7 @@
 """The launcher without training: what it refuses before it starts, whose overrides win, what an interrupt leaves."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from flexpert.config.compose import compose
 from flexpert.config.groups import LauncherConfig
 from flexpert.errors import UserError
+from flexpert.launch import display
 from flexpert.launch.graph import Node, Records, build_graph
 from flexpert.launch.local import LocalLauncher
 from flexpert.launch.pipeline import check_evaluable, compose_all, run
@@ -34,7 +36,7 @@ def test_the_users_overrides_win_over_the_pipelines_defaults() -> None:
     lists = [
         "pipeline.experts={math:[data=demo_math,seed=3],news:[data=demo_news]}",
         "pipeline.public=[train.steps=1,seed=4,monitor.wandb=off,monitor.group=mine]",
-        "pipeline.expert=[train.steps=1,router.public_data=elsewhere,base=no,name=no,output_dir=no]",
+        "pipeline.expert=[train.steps=1,public_data=elsewhere,base=no,name=no,output_dir=no]",
         "pipeline.dense=[train.steps=1,monitor=quiet]",
     ]
     configs = smoke_configs("seed=7", "monitor.log_interval=5", "monitor.wandb=offline", *lists)
@@ -45,14 +47,29 @@ def test_the_users_overrides_win_over_the_pipelines_defaults() -> None:
     monitor = configs["dense/math"].monitor
     assert (monitor.wandb, monitor.group, monitor.log_interval) == ("off", "smoke", 100), "the group that was chosen"
     expert = configs["experts/math"]
-    assert (expert.router.public_data, expert.monitor.wandb) == ("elsewhere", "offline")
+    assert (expert.public_data, expert.monitor.wandb) == ("elsewhere", "offline")
     assert (expert.base, expert.name, expert.output_dir) == ("run/public/model", "math", "run/experts/math")
+
+
+def test_an_owners_own_overrides_come_after_the_shared_ones() -> None:
+    shared = "pipeline.expert=[train.steps=1,optim.lr=2e-3,router.init=random,monitor.group=shared]"
+    own = "pipeline.owners={math:[title=Sums and proofs,license=CC-BY-4.0,optim.lr=1e-3,name=no,monitor=quiet]}"
+    configs = smoke_configs("monitor.log_interval=5", shared, own)
+    math, news = configs["experts/math"], configs["experts/news"]
+    assert (math.title, math.license, math.optim.lr, math.router.init) == (
+        "Sums and proofs", "CC-BY-4.0", 1e-3, "random",
+    )  # fmt: skip
+    assert (news.title, news.license, news.optim.lr, news.router.init) == (None, None, 2e-3, "random")
+    assert (math.name, math.monitor.log_interval, news.monitor.log_interval) == ("math", 100, 5)
+    assert configs["dense/math"].optim.lr == 2e-3
 
 
 MISTAKES = [
     (["pipeline.expert=[train.steps=1,optim.lrate=1]"], ("experts/math: unknown key 'optim.lrate'",)),
     (["pipeline.evaluate=[sequence_length=long]"], ("evaluation: sequence_length", "long")),
     (["pipeline.experts.news=[data=demo_newts]"], ("data/news: there is no data=demo_newts",)),
+    (["pipeline.owners={code:[title=Code]}"], ("pipeline.owners.code is not one of math, news",)),
+    (["pipeline.owners={news:[optim.lrate=1]}"], ("experts/news: unknown key 'optim.lrate'",)),
     (["pipeline.tune_router=[train.steps=1]"], ("tuned: tune_router needs data.dir=",)),
     (["pipeline.gates={gain:0}"], ("pipeline.gates.gain is not one of", "gain_over_soup")),
     (["pipeline.gates={gain_over_soup:0}", "pipeline.dense=null"], ("pipeline.gates.gain_over_soup needs a soup",)),
@@ -103,12 +120,16 @@ class WritingLauncher:
     def has_room(self, node: Node) -> bool:
         return not self.over
 
-    def start(self, node: Node) -> None:
-        assert not node.output.exists()
-        node.output.mkdir(parents=True)
+    def start(self, node: Node) -> str:
+        assert node.always or not node.output.exists()
+        node.output.mkdir(parents=True, exist_ok=True)
         (node.output / "weights").write_text(node.name)
         self.started.append(node.name)
         self.over.append(Ended(node, 0, 0.0, "log", ""))
+        return f"logs/{node.name}.log"
+
+    def progress(self) -> dict[str, str]:
+        return {ended.node.name: "step 1/1" for ended in self.over}
 
     def poll(self) -> list[Ended]:
         if self.over and self.over[0].node.name == self.interrupt:
@@ -132,6 +153,39 @@ def walk(run: Path, launcher: Any, nodes: list[Node] | None = None) -> None:
     nodes = nodes or chain(run)
     records = Records(run)
     Walk(nodes, records, launcher, records.complete(nodes)).run()
+
+
+def test_each_event_is_a_line_and_what_is_complete_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "PRINT_SECONDS", 0.0)
+    nodes = [*chain(tmp_path)[:2], Node("report", "report", (), tmp_path / "page", ("expert",), always=True)]
+    walk(tmp_path, WritingLauncher(), nodes)
+    lines = [
+        "base: started (log logs/base.log)", "base: step 1/1", "base: done in 0 s",
+        "expert: started (log logs/expert.log)", "expert: step 1/1", "expert: done in 0 s",
+        "report: step 1/1", "report: written",
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [f"  {line}" for line in lines]
+    walk(tmp_path, WritingLauncher(), nodes)
+    lines = ["all 2 stages are complete", "report: step 1/1", "report: written"]
+    assert capsys.readouterr().out.splitlines() == [f"  {line}" for line in lines]
+    (tmp_path / "stages/expert.json").unlink()
+    walk(tmp_path, WritingLauncher(), nodes)
+    assert capsys.readouterr().out.startswith("  complete: base\n  expert: started")
+
+
+def test_progress_is_told_when_it_is_due_and_new(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[-1])
+    with display.Display() as shown:
+        for seconds, step in ((1.0, 1), (14.9, 2), (15.1, 3), (29.0, 4), (31.0, 3), (47.0, 5)):
+            clock.append(seconds)
+            lines = {"public": f"step {step}/9"}
+            shown.update(lines.copy)
+    assert capsys.readouterr().out == "  public: step 3/9\n  public: step 5/9\n"
 
 
 def test_what_ended_while_the_walk_was_interrupted_is_recorded(tmp_path: Path) -> None:
@@ -213,6 +267,66 @@ def test_a_process_that_fails_is_quoted_and_one_that_runs_is_stopped(
     before = time.monotonic()
     assert [(ended.node.name, ended.status) for ended in launcher.stop()] == [("a", -15), ("b", -15)]
     assert time.monotonic() - before < 10 and launcher.poll() == []
+
+
+def stage_script(path: Path, body: str) -> Path:
+    """In place of `python -m flexpert STAGE`."""
+    path.write_text(f"#!/bin/sh\n{body}\nexec sleep 60\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_newest_progress_of_a_running_stage_is_found_in_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, node = LauncherConfig(kind="local", max_jobs=1), Node("one/long", "expert", (), tmp_path / "long")
+    for body, progress in (
+        ('echo "expert /a  b/run  step 10/80  loss 3"; echo "expert /a  b/run  step 20/80  loss 2"; echo "a warning"',
+         {"one/long": "step 20/80  loss 2"}),
+        ('echo "expert /a/run  step 80/80  loss 2"; echo "calibrate /a/run/calibration  step 1/9  loss 3"',
+         {"one/long": "calibrate step 1/9  loss 3"}),
+        ("", {}),  # what an earlier attempt told is old
+    ):  # fmt: skip
+        script = stage_script(tmp_path / "python", f'{body}\nprintf "expert /a  step 90/"')
+        monkeypatch.setattr(sys, "executable", str(script))
+        launcher = LocalLauncher(config, tmp_path)
+        log = Path(launcher.start(node))
+        assert log == tmp_path / "logs/one.long.log"
+        before = time.monotonic()
+        while not log.read_text().endswith("90/") and time.monotonic() < before + 10:
+            time.sleep(0.01)
+        assert launcher.progress() == progress
+        launcher.stop()
+        log.write_text(log.read_text() + "\n")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from flexpert.config.groups import LauncherConfig
+from flexpert.launch.graph import Node
+from flexpert.launch.local import LocalLauncher
+run, sys.executable = Path(sys.argv[1]), sys.argv[2]
+launcher = LocalLauncher(LauncherConfig(kind="local", max_jobs=1), run)
+launcher.start(Node("long", "long", (), run / "long"))
+print(launcher.jobs[0].process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_stages_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    script = stage_script(tmp_path / "python", "")
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(script)]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    stage = Path(f"/proc/{int(launcher.stdout.readline())}/cmdline")
+    assert stage.read_bytes()
+    launcher.kill()
+    launcher.communicate()
+    before = time.monotonic()
+    while stage.exists() and stage.read_bytes():  # a process that nobody has waited for yet has an empty one
+        assert time.monotonic() < before + 10
+        time.sleep(0.01)
 
 
 def test_records_hold_the_recipe_and_the_files(tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
-"""`metrics.jsonl`: each step once, whatever kills and restarts have done to the file."""
+"""What a run records and tells: each step once in `metrics.jsonl`, W&B runs that say how they ended, progress."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+from toy import train
+
+from flexpert.errors import UserError
 from flexpert.monitor.jsonl import MetricsLog, read_metrics
 
 
@@ -41,3 +46,66 @@ def test_a_line_cut_by_a_kill_is_dropped_wherever_it_is_cut(tmp_path: Path) -> N
 
 def test_a_run_without_metrics_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+class WandbRecorder:
+    """In place of W&B: remembers what it was given."""
+
+    def __init__(self, **given: Any) -> None:
+        self.stage, self.id, self.config = given["job_type"], given["id"], given["config"]
+        self.steps: list[int] = []
+        self.exit_code: int | None = None
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        pass
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        self.steps.append(step)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[WandbRecorder]:
+    runs: list[WandbRecorder] = []
+
+    def init(**given: Any) -> WandbRecorder:
+        runs.append(WandbRecorder(**given))
+        return runs[-1]
+
+    monkeypatch.setattr("wandb.init", init)
+    return runs
+
+
+def test_calibration_is_a_wandb_run_of_its_own_with_its_own_recipe(
+    expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path
+) -> None:
+    calibration = ["router.calibration_steps=3", "router.calibration_lr=0.5"]
+    train("expert", *expert_overrides, *calibration, "monitor.wandb=offline", f"output_dir={tmp_path}/run")
+    assert [(run.stage, run.steps, run.exit_code) for run in wandb_runs] == [
+        ("expert", [1, 2, 3, 4, 5, 6], 0),
+        ("calibrate", [1, 2, 3], 0),
+    ]
+    first, second = (run.config for run in wandb_runs)
+    assert (first["optim.lr"], first["optim.schedule"], first["train.steps"]) == (1e-2, "cosine", 6)
+    assert (second["optim.lr"], second["optim.schedule"], second["train.steps"]) == (0.5, "linear", 3)
+    assert first.keys() == second.keys() and second["name"] == "letters"
+    assert wandb_runs[0].id != wandb_runs[1].id
+
+
+def test_a_run_that_fails_does_not_look_finished_in_wandb(
+    expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexpert.train.loop.MAX_SKIPPED", 0)  # the first step is one too many
+    with pytest.raises(UserError, match="without a finite loss"):
+        train("expert", *expert_overrides, "monitor.wandb=offline", f"output_dir={tmp_path}/run")
+    assert [run.exit_code for run in wandb_runs] == [1]
+
+
+def test_progress_tells_the_learning_rate(
+    expert_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("expert", *expert_overrides, "optim.schedule=constant", "train.steps=2", f"output_dir={tmp_path}/run")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "step 2/2" in line)
+    assert line.startswith(f"expert {tmp_path}/run  step 2/2  loss ") and "  lr 1.0e-02  " in line

@@ -351,8 +351,10 @@ def test_a_directory_that_is_no_tokenizer_is_refused(
     def line() -> str:
         return refused(tmp_path / "out", capsys, f"data.documents={tmp_path}/*.jsonl", f"tokenizer={broken}")
 
-    assert f"{broken} has no tokenizer.json" in line()
-    shutil.copytree(tokenizer.directory, broken)
+    assert f"{broken} does not exist" in line()
+    broken.mkdir()
+    assert f"tokenizer={broken}" in line() and "has no tokenizer.json" in line()
+    shutil.copytree(tokenizer.directory, broken, dirs_exist_ok=True)
     (broken / "tokenizer_config.json").write_text("{}")
     assert "names no eos_token" in line()
     (broken / "tokenizer_config.json").write_text('{"eos_token": "<|unheard of|>"}')
@@ -383,8 +385,41 @@ def test_an_output_dir_that_exists_is_refused_and_left_alone(
     before = {path: sha256_file(path) for path in from_jsonl.rglob("*") if path.is_file()}
     documents = f"data.documents={from_jsonl.parent}/*.jsonl"
     line = refused(from_jsonl, capsys, documents, f"tokenizer={tokenizer.directory}")
-    assert f"{from_jsonl} exists already" in line
+    assert f"{from_jsonl} holds another configuration: data.answer_marker was Answer:" in line
+    line = refused(from_jsonl / "tokenizer", capsys, documents, f"tokenizer={tokenizer.directory}")
+    assert f"{from_jsonl / 'tokenizer'} exists already" in line
     assert {path: sha256_file(path) for path in from_jsonl.rglob("*") if path.is_file()} == before
+
+
+def test_started_again_it_says_that_the_data_is_complete(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path, TEXTS)
+    overrides = [f"{tmp_path}/*.jsonl", f"tokenizer={tokenizer.directory}", "valid_fraction=0.3"]
+    prepare(tmp_path / "out", *overrides)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+    prepare(tmp_path / "out", *overrides)
+    assert capsys.readouterr().out == f"{tmp_path / 'out'} is complete\n"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["valid_fraction=0.001"], True),
+        (["valid_fraction=0.3"], False),
+        (["valid_fraction=0"], False),
+        (["valid_fraction=0.3", "valid_documents=0"], False),
+    ],
+)
+def test_a_held_out_split_that_is_empty_by_chance_is_told(
+    overrides: list[str], told: bool, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path, TEXTS)
+    prepare(tmp_path / "out", f"{tmp_path}/*.jsonl", f"tokenizer={tokenizer.directory}", *overrides)
+    note = "note: valid_fraction=0.001 held out none of the 60 documents"
+    assert (note in capsys.readouterr().out) == told
 
 
 def test_an_output_dir_below_a_file_is_refused(

@@ -13,6 +13,7 @@ from flexpert.data.indexed import IndexedWriter, token_dtype
 from flexpert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexpert.errors import UserError
 from flexpert.records import sha256_file, write_record
+from flexpert.stage import check_directory
 
 BATCH_DOCUMENTS = 512
 Item = TypeVar("Item")
@@ -38,8 +39,16 @@ def require_lossless(tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 def run(config: PrepareConfig, resolved: str) -> None:
-    """Write `output_dir/{train,valid}.{bin,idx}`, `tokenizer/`, `manifest.json` and `resolved.yaml`, all or nothing."""
+    """Write `output_dir/{train,valid}.{bin,idx}`, `tokenizer/`, `manifest.json` and `resolved.yaml`, all or nothing.
+
+    Raises:
+        UserError: documents, tokenizer or `output_dir` cannot be used as the config says.
+    """
     output = Path(config.output_dir)
+    if (output / "manifest.json").is_file():
+        check_directory(output, resolved, "auto")
+        print(f"{output} is complete")
+        return
     with atomic_directory(output) as directory:
         tokenizer_dir = directory / "tokenizer"
         if config.train_tokenizer.vocab_size is not None:
@@ -70,6 +79,11 @@ def run(config: PrepareConfig, resolved: str) -> None:
         f"{name}: {split['documents']:,} documents {split['tokens']:,} tokens" for name, split in splits.items()
     )
     print(f"{output}: {totals}")
+    if config.valid_fraction and config.valid_documents != 0 and not splits["valid"]["documents"]:
+        print(
+            f"note: valid_fraction={config.valid_fraction} held out none of the {splits['train']['documents']:,} "
+            "documents, and evaluation needs some: set a larger one, and another output_dir"
+        )
 
 
 def write_splits(config: PrepareConfig, tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:

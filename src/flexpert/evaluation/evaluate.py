@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from flexpert.assembly.record import select_experts
 from flexpert.baselines.btm import btm_nll
 from flexpert.baselines.soup import check_shapes, soup
 from flexpert.checkpoint.digest import tokenizer_digest
-from flexpert.checkpoint.huggingface import ModelDirectory, experts_of, load_model
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.huggingface import experts_of, load_model
 from flexpert.config.stages import EvaluateConfig
 from flexpert.errors import UserError
 from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
+from flexpert.evaluation.table import print_bits
 from flexpert.model.transformer import Transformer
 from flexpert.records import write_record
 from flexpert.stage import claim_directory, set_up_process
@@ -34,6 +34,7 @@ class Evaluation:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, method: str, model: Transformer, experts: list[str]) -> list[Scores]:
+        print(f"evaluate {self.config.output_dir}  scoring {method}", flush=True)
         length = min(self.config.sequence_length or model.config.max_sequence_length, model.config.max_sequence_length)
         scores = [score(model, data, length, self.config.batch_sequences) for data in self.sets]
         self.methods[method] = {
@@ -79,7 +80,7 @@ def run(config: EvaluateConfig, resolved: str) -> None:
     domains = {data.name: {"documents": len(data.documents), "bytes": data.num_bytes} for data in sets}
     content = {"exclude": config.exclude, "domains": domains, "methods": evaluation.methods}
     write_record(output / "evaluation.json", "flexpert.evaluation", content)
-    Console().print(bits_table(content))
+    print_bits(content)
     print(output / "evaluation.json")
 
 
@@ -115,7 +116,7 @@ def check_experts(config: EvaluateConfig, model: ModelDirectory) -> None:
             if getattr(config, key):
                 raise UserError(f"{key}={getattr(config, key)}: {model.path} is a dense model, it has no experts")
         return
-    left = len(select_experts({"experts": [{"id": name} for name in model.experts]}, config.exclude))
+    left = len(select_experts(model.experts, config.exclude))
     for key, number in counts:
         if number > left:
             raise UserError(f"{key}: {number} is more than the {left} experts of {model.path} that are left")
@@ -164,15 +165,3 @@ def add_baselines(evaluation: Evaluation) -> None:
             ensemble = btm_nll([parts[index].nll for parts in scores.values()], config.btm_temperature)
             domains[data.name] = {"bits_per_byte": bits_per_byte(ensemble, data)}
         evaluation.methods["btm"] = {"active_experts": None, "experts": [], "domains": domains}
-
-
-def bits_table(content: dict[str, Any]) -> Table:
-    """Bits per byte by method and domain, as a terminal shows it."""
-    domains = list(content["domains"])
-    table = Table(title="held-out bits per byte")
-    for column in ("", *domains, "mean"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, method in content["methods"].items():
-        bits = [method["domains"][domain]["bits_per_byte"] for domain in domains]
-        table.add_row(name, *(f"{value:.3f}" for value in bits), f"{sum(bits) / len(bits):.3f}")
-    return table

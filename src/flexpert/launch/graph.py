@@ -83,9 +83,10 @@ def build_graph(config: PipelineConfig) -> list[Node]:
         overrides = [*training(graph.public), *graph.public, *wiring]
         add("public", "pretrain", overrides, "public/model", ["data/public"], alone=True)
     for name in graph.experts:
-        defaults = [*training(graph.expert), f"router.public_data={public_data}"]
+        own = [*graph.expert, *graph.owners.get(name, [])]
+        defaults = [*training(own), f"public_data={public_data}"]
         wiring = [f"base={base}", f"data.dir={run / 'data' / name}", f"name={name}"]
-        overrides = [*defaults, *graph.expert, *wiring, f"output_dir={run / 'experts' / name}"]
+        overrides = [*defaults, *own, *wiring, f"output_dir={run / 'experts' / name}"]
         needs = [*base_needs, f"data/{name}", "data/public"]
         add(f"experts/{name}", "expert", overrides, f"experts/{name}/contribution", needs)
     for name in graph.experts if graph.dense is not None else ():

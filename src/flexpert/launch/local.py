@@ -1,6 +1,9 @@
 """Stages as processes on this machine, side by side where the graph allows."""
 
+import ctypes
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +16,26 @@ from flexpert.config.groups import LauncherConfig
 from flexpert.launch.graph import Node
 from flexpert.launch.walk import Ended
 
+#: `expert DIRECTORY  step 40/200  …`, as training prints it, or `evaluate DIRECTORY  scoring …`.
+PROGRESS = re.compile(r"^(\w+) .*  ((?:step|scoring) .*)\n", re.MULTILINE)
+#: From the end of a log, where the newest progress is looked for.
+TAIL_BYTES = 4096
+
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)  # loaded here, not between fork and exec
+LAUNCHER = os.getpid()
+
+
+def end_with_launcher() -> None:
+    """In the child, before it becomes the stage: have the kernel send SIGTERM when the launcher dies, also by SIGKILL.
+
+    Between fork and exec only the forking thread is left, and a lock that another held stays locked for ever. The
+    launcher has one thread, so this function is safe; it makes system calls and nothing else.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != LAUNCHER:  # it died before the call
+        os._exit(1)
+
 
 @dataclass
 class Job:
@@ -23,6 +46,16 @@ class Job:
     log: IO[bytes]
     log_start: int
     started: float
+
+    def progress(self) -> str | None:
+        """The newest line of progress in the log, without the directory; a part of the stage, `calibrate`, is named."""
+        with open(self.log.name, "rb") as file:
+            file.seek(max(self.log_start, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            lines = PROGRESS.findall(file.read().decode("utf-8", errors="replace"))
+        if not lines:
+            return None
+        part, state = lines[-1]
+        return state if part == self.node.stage else f"{part} {state}"
 
     def end(self) -> Ended:
         self.log.close()
@@ -44,7 +77,7 @@ class LocalLauncher:
             return not self.jobs
         return len(self.jobs) < self.config.max_jobs
 
-    def start(self, node: Node) -> None:
+    def start(self, node: Node) -> str:
         self.logs.mkdir(parents=True, exist_ok=True)
         cores = len(os.sched_getaffinity(0))
         shared = self.config.threads_per_job or max(1, cores // self.config.max_jobs)
@@ -56,8 +89,15 @@ class LocalLauncher:
         log_start = log.tell()  # before the child, which shares this position, writes
         command = [sys.executable, "-m", "flexpert", node.stage, *node.overrides]
         # A session of its own: Ctrl-C reaches this process alone, which then stops the stages in order.
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=end_with_launcher
+        )
         self.jobs.append(Job(node, process, log, log_start, time.monotonic()))
+        return log.name
+
+    def progress(self) -> dict[str, str]:
+        lines = {job.node.name: job.progress() for job in self.jobs}
+        return {name: line for name, line in lines.items() if line is not None}
 
     def poll(self) -> list[Ended]:
         over = [job for job in self.jobs if job.process.poll() is not None]

@@ -1,6 +1,8 @@
 """`flexpert pipeline`: run the graph, check its gates."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flexpert.config.compose import compose
@@ -8,9 +10,11 @@ from flexpert.config.groups import EXPERT_ID
 from flexpert.config.stages import EvaluateConfig, PipelineConfig
 from flexpert.errors import UserError
 from flexpert.evaluation.gates import GATES, check_gates
+from flexpert.evaluation.table import print_bits
 from flexpert.launch.graph import Node, Records, build_graph
 from flexpert.launch.local import LocalLauncher
 from flexpert.launch.walk import StageFailed, Walk
+from flexpert.lock import exclusive
 from flexpert.records import read_record, write_atomic
 
 
@@ -18,7 +22,7 @@ def run(config: PipelineConfig, resolved: str) -> None:
     """Bring the run directory to completion, and exit with status 1 when a gate does not hold.
 
     Raises:
-        UserError: a mistake in the graph or its gates, a directory that cannot be written, or one that holds another
+        UserError: a mistake in the graph or its gates, a directory that cannot be written, is in use, or holds another
             pipeline's outputs or somebody's own files: all before anything is written or started.
     """
     check_names(config)
@@ -27,17 +31,15 @@ def run(config: PipelineConfig, resolved: str) -> None:
     check_evaluable(config.pipeline.gates, configs["evaluation"])
     run_directory = Path(config.output_dir)
     records = Records(run_directory)
-    try:
-        complete = claim(run_directory, resolved, nodes, records)
-    except OSError as error:
-        raise UserError(f"output_dir={run_directory} cannot be used: {error.strerror} ({error.filename})") from None
-    print(f"pipeline {config.pipeline.name} in {run_directory}", flush=True)
-    try:
-        Walk(nodes, records, LocalLauncher(config.launcher, run_directory), complete).run()
-    except StageFailed as error:
-        print(f"flexpert: {error}", file=sys.stderr)
-        sys.exit(2 if error.status == 2 else 1)
-    evaluation = read_record(run_directory / "evaluation/evaluation.json", "flexpert.evaluation")
+    with claim(run_directory, resolved, nodes, records) as complete:
+        print(f"pipeline {config.pipeline.name} in {run_directory}", flush=True)
+        try:
+            Walk(nodes, records, LocalLauncher(config.launcher, run_directory), complete).run()
+        except StageFailed as error:
+            print(f"flexpert: {error}", file=sys.stderr)
+            sys.exit(2 if error.status == 2 else 1)
+        evaluation = read_record(run_directory / "evaluation/evaluation.json", "flexpert.evaluation")
+    print_bits(evaluation)
     gates = check_gates(evaluation, config.pipeline.gates)
     for gate in gates:
         mark = "holds" if gate.holds else "DOES NOT HOLD"
@@ -50,6 +52,9 @@ def run(config: PipelineConfig, resolved: str) -> None:
 def check_names(config: PipelineConfig) -> None:
     if not config.pipeline.experts:
         raise UserError("pipeline.experts names no expert")
+    for name in config.pipeline.owners:
+        if name not in config.pipeline.experts:
+            raise UserError(f"pipeline.owners.{name} is not one of {', '.join(config.pipeline.experts)}")
     for name in config.pipeline.experts:
         if EXPERT_ID.fullmatch(name) is None or name == "public":
             raise UserError(f"pipeline.experts.{name}: an id is a-z, then a-z, 0-9 and '-', and not 'public'")
@@ -92,20 +97,27 @@ def check_evaluable(gates: dict[str, float], evaluate: object) -> None:
             raise UserError(f"pipeline.gates.{name} needs {need}")
 
 
-def claim(run: Path, resolved: str, nodes: list[Node], records: Records) -> set[str]:
-    """Make `run` this pipeline's directory, with `pipeline.yaml` in it, unless it holds something else.
+@contextmanager
+def claim(run: Path, resolved: str, nodes: list[Node], records: Records) -> Iterator[set[str]]:
+    """Hold `run` as this pipeline's directory, with `pipeline.yaml` in it, unless it holds something else.
 
     An output without a record is deleted later on as the leftover of an interrupted run, so in a directory that has
     never been a pipeline's there must be none.
 
-    Returns: names of the nodes that are complete.
+    Yields: names of the nodes that are complete.
     """
-    if not (run / "pipeline.yaml").exists():
-        for node in nodes:
-            if node.output.exists():
-                raise UserError(f"{node.output} exists already and is no pipeline's: choose another output_dir")
-    complete = records.complete(nodes)
-    for directory in (records.directory, run / "logs"):
-        directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "pipeline.yaml", resolved)
-    return complete
+    with ExitStack() as stack:
+        try:
+            if not (run / "pipeline.yaml").exists():
+                for node in nodes:
+                    if node.output.exists():
+                        raise UserError(f"{node.output} exists already and is no pipeline's: choose another output_dir")
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(run))
+            complete = records.complete(nodes)
+            for directory in (records.directory, run / "logs"):
+                directory.mkdir(exist_ok=True)
+            write_atomic(run / "pipeline.yaml", resolved)
+        except OSError as error:
+            raise UserError(f"output_dir={run} cannot be used: {error.strerror} ({error.filename})") from None
+        yield complete

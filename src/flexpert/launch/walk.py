@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from flexpert.launch.display import Display
 from flexpert.launch.graph import Node, Records
 
 POLL_SECONDS = 0.1
@@ -44,8 +45,11 @@ class Launcher(Protocol):
     def has_room(self, node: Node) -> bool:
         """Whether the node may start now; always when nothing runs."""
 
-    def start(self, node: Node) -> None:
-        """Start the node's stage."""
+    def start(self, node: Node) -> str:
+        """Start the node's stage; returns where its output can be read."""
+
+    def progress(self) -> dict[str, str]:
+        """The newest line of progress of every running node that has told any."""
 
     def poll(self) -> list[Ended]:
         """What ended since the last call."""
@@ -79,13 +83,13 @@ class Walk:
             StageFailed: a stage failed; the others that could run have.
             KeyboardInterrupt: interrupted; running stages were stopped and will go on in the next run.
         """
-        for name in self.graph:
-            if name in self.done:
-                print(f"  {name}: complete", flush=True)
+        self.tell_complete()
         previous = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         try:
-            while self.step():
-                time.sleep(POLL_SECONDS)
+            with Display() as display:
+                while self.step():
+                    display.update(self.launcher.progress)
+                    time.sleep(POLL_SECONDS)
         finally:
             # Also what ended well while this was interrupted, or is interrupted in hashing, has its record.
             self.ended += self.launcher.stop()
@@ -94,6 +98,14 @@ class Walk:
             signal.signal(signal.SIGTERM, previous)
         if self.failed:
             raise self.failed[0]
+
+    def tell_complete(self) -> None:
+        """One line about what an earlier run has made."""
+        names = [name for name in self.graph if name in self.done]
+        if len(names) == sum(not node.always for node in self.graph.values()):
+            print(f"  all {len(names)} stages are complete", flush=True)
+        elif names:
+            print(f"  complete: {', '.join(names)}", flush=True)
 
     def step(self) -> bool:
         """Record what ended, start what can start; returns whether there is more to wait for."""
@@ -107,9 +119,10 @@ class Walk:
             elif self.launcher.has_room(node):
                 self.waiting.remove(node)
                 self.records.discard(node)
-                self.launcher.start(node)
+                log = self.launcher.start(node)
                 self.running.add(node.name)
-                print(f"  {node.name}: started", flush=True)
+                if not node.always:
+                    print(f"  {node.name}: started (log {log})", flush=True)
         return bool(self.running or self.ready())
 
     def ready(self) -> list[Node]:
@@ -123,7 +136,8 @@ class Walk:
             if ended.status == 0:
                 self.records.write(ended.node, self.graph)
                 self.done.add(name)
-                print(f"  {name}: done in {ended.seconds:.0f} s", flush=True)
+                what = "written" if ended.node.always else f"done in {ended.seconds:.0f} s"
+                print(f"  {name}: {what}", flush=True)
             else:
                 message = f"{name} failed (status {ended.status}, log {ended.log}): {ended.reason}"
                 self.failed.append(StageFailed(message, ended.status))

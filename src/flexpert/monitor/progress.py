@@ -20,7 +20,7 @@ class TrainingProgress:
             self.bar.start()
 
     def update(self, row: dict[str, Any]) -> None:
-        note = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        note = f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_second']:,.0f} tokens/s"
         if "valid_loss" in row:
             note += f"  valid {row['valid_loss']:.4f}"
         if self.bar is not None:

@@ -95,5 +95,6 @@ class WandbRun:
     def log(self, row: dict[str, Any]) -> None:
         self.run.log(row, step=row["step"])
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool = False) -> None:
+        """W&B shows a run as finished or, with an exit code other than 0, as failed."""
+        self.run.finish(exit_code=int(failed))

@@ -28,8 +28,8 @@ class Callback:
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         """After every optimiser step; `trainer.step` counts it."""
 
-    def after_run(self, trainer: "Trainer") -> None:
-        """After the last step, also when the run ends early by an error."""
+    def after_run(self, trainer: "Trainer", failed: bool) -> None:
+        """After the last step, or when the run ends early by an error (`failed`)."""
 
 
 class ValidLoss(Callback):
@@ -72,11 +72,11 @@ class Records(Callback):
             self.wandb.log(finite)
         self.progress.update(row)
 
-    def after_run(self, trainer: "Trainer") -> None:
+    def after_run(self, trainer: "Trainer", failed: bool) -> None:
         self.log.close()
         self.progress.close()
         if self.wandb is not None:
-            self.wandb.close()
+            self.wandb.close(failed)
 
 
 class Checkpoints(Callback):

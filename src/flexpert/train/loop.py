@@ -16,9 +16,9 @@ from flexpert.checkpoint import distributed
 from flexpert.config.stages import TrainingStage
 from flexpert.data.dataset import DataManifest, MixedWindows, TokenWindows, document_ids
 from flexpert.errors import UserError
+from flexpert.lock import exclusive
 from flexpert.model.loss import chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
-from flexpert.records import sha256_file
 from flexpert.train.callbacks import Callback, Checkpoints, Records, ValidLoss
 from flexpert.train.optimizer import build_optimizer, set_learning_rate
 
@@ -68,7 +68,7 @@ class Trainer:
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.optimizer = build_optimizer(model, config.optim)
         self.windows = windows or TokenWindows(manifest.directory, "train", config.train.sequence_length, config.seed)
-        self.inputs = {"data": sha256_file(manifest.directory / "manifest.json"), **(inputs or {})}
+        self.inputs = {"data": manifest.digest, **(inputs or {})}
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
         if config.train.evaluation_interval is not None:
@@ -94,19 +94,26 @@ class Trainer:
             print(f"resuming {self.output} from step {self.step}", flush=True)
 
     def run(self) -> None:
-        """Restore, then train to the last step."""
-        self.restore()
-        self.model.train()
-        for callback in self.callbacks:
-            callback.before_run(self)
-        try:
-            while self.step < self.num_steps:
-                row = self.optimizer_step()
-                for callback in self.callbacks:
-                    callback.after_step(self, row)
-        finally:
+        """Restore, then train to the last step.
+
+        Raises:
+            UserError: as `restore`; another process trains in this directory; no step has a finite loss any more.
+        """
+        with exclusive(self.output):
+            self.restore()
+            self.model.train()
             for callback in self.callbacks:
-                callback.after_run(self)
+                callback.before_run(self)
+            failed = True
+            try:
+                while self.step < self.num_steps:
+                    row = self.optimizer_step()
+                    for callback in self.callbacks:
+                        callback.after_step(self, row)
+                failed = False
+            finally:
+                for callback in self.callbacks:
+                    callback.after_run(self, failed)
 
     def losses(self, sequences: Tensor) -> Losses:
         """Loss sums of [B, S+1] sequences."""
