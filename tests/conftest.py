@@ -30,5 +30,5 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expert_overrides(road: Path) -> list[str]:
     return [
         f"base={road}/public/model", f"data.dir={road}/data/letters", "name=letters", "router.init=unit_mean",
-        f"router.public_data={road}/data/public", "router.documents=8",
+        f"public_data={road}/data/public", "router.documents=8",
     ]  # fmt: skip

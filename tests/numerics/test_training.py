@@ -10,12 +10,12 @@ import torch
 from toy import SHAPE, train
 
 from flexpert.checkpoint import distributed
-from flexpert.checkpoint.huggingface import ModelDirectory
+from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.config.compose import compose
-from flexpert.data.dataset import read_manifest
+from flexpert.data.dataset import TokenWindows, read_manifest
 from flexpert.errors import UserError
 from flexpert.monitor.jsonl import read_metrics
-from flexpert.train.expert import build_job
+from flexpert.train.expert import build_job, mixed_windows
 from flexpert.train.loop import Trainer
 
 
@@ -63,6 +63,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
             "router.bias=true",
             "router.init=discriminant",
             "router.calibration_steps=3",
+            "public_share=0.25",
         ]
         result = "contribution/expert.safetensors"
     train(stage, *overrides, f"output_dir={tmp_path}/whole")
@@ -161,7 +162,7 @@ def test_the_contribution_names_the_base_that_was_frozen(
     train("expert", *expert_overrides, f"output_dir={tmp_path}/run")
     record = json.loads((tmp_path / "run/contribution/contribution.json").read_text())
     assert record["base_digest"] == base_digest(road / "public/model")
-    assert record["training"] == {"steps": 6, "tokens": 6 * 128, "calibration_steps": 0}
+    assert record["training"] == {"steps": 6, "tokens": 6 * 128, "public_share": 0, "calibration_steps": 0}
 
 
 def test_a_frozen_tensor_that_moved_is_found(expert_overrides: list[str], tmp_path: Path) -> None:
@@ -205,6 +206,19 @@ def test_a_run_that_was_stopped_in_calibration_goes_on_there(expert_overrides: l
     shutil.rmtree(tmp_path / "stopped/calibration/checkpoints/step-000000004")
     train("expert", *overrides, f"output_dir={tmp_path}/stopped")
     assert_same(*(tmp_path / run / "contribution/expert.safetensors" for run in ("whole", "stopped")))
+
+
+def test_public_text_in_training_is_the_stated_share(expert_overrides: list[str], road: Path) -> None:
+    config, _ = compose(
+        "expert", [*expert_overrides, "train.steps=1", "train.sequence_length=16", "train.batch_tokens=16"]
+    )
+    own, public = (
+        TokenWindows(Path(path), "train", 16, config.seed) for path in (config.data.dir, str(config.public_data))
+    )
+    mixed = mixed_windows(config, 0.25).sequences(0, 40)
+    assert torch.equal(mixed[3::4], public.sequences(0, 10))
+    assert torch.equal(torch.cat([mixed[i::4] for i in range(3)]).sort(0)[0], own.sequences(0, 30).sort(0)[0])
+    assert torch.equal(mixed_windows(config, 0.0).sequences(0, 40), own.sequences(0, 40))
 
 
 def test_attention_within_documents_sees_no_other_document(road: Path) -> None:

@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexpert.config.groups import ModelConfig, RouterConfig
+from flexpert.data import embed
 from flexpert.data.embed import RANDOM_STD, RIDGE, RouterStart, router_start
 from flexpert.data.indexed import IndexedTokens, IndexedWriter
 from flexpert.data.tokenizer import load_tokenizer, train_tokenizer
@@ -93,11 +94,12 @@ def read_streams(model: Transformer, data: DataSets) -> dict[str, list[Matrix]]:
     }
 
 
-def start(model: Transformer, data: DataSets, seed: int = 0, name: str = "a", **settings: object) -> RouterStart:
-    settings = {"public_data": str(data.public)} | settings
+def start(
+    model: Transformer, data: DataSets, seed: int = 0, name: str = "a", public: Path | None = None, **settings: object
+) -> RouterStart:
     config = RouterConfig(**settings)  # type: ignore[arg-type]
     config.check()
-    return router_start(model, config, data.own, MAX_TOKENS, seed, name)
+    return router_start(model, config, data.own, public or data.public, MAX_TOKENS, seed, name)
 
 
 def close(result: torch.Tensor, expected: Matrix, relative: float = 1e-4) -> None:
@@ -213,7 +215,7 @@ def test_discriminant_without_a_bias_separates_best_among_rows_through_the_midpo
 
 def test_a_data_set_against_itself_gives_a_row_of_zeros(model: Transformer, data: DataSets) -> None:
     for init in ("mean", "unit_mean", "discriminant"):
-        rows = start(model, data, init=init, public_data=str(data.own)).rows
+        rows = start(model, data, init=init, public=data.own).rows
         assert rows.abs().max() < 1e-5
 
 
@@ -225,12 +227,12 @@ def test_the_model_is_left_as_it_was(model: Transformer, data: DataSets) -> None
 
 
 def test_random_differs_between_owners_of_one_seed(model: Transformer, data: DataSets) -> None:
-    first, other = (start(model, data, 1, name, init="random", public_data=None).rows for name in ("a", "b"))
+    first, other = (start(model, data, 1, name, init="random").rows for name in ("a", "b"))
     assert not torch.equal(first, other)
 
 
 def test_random_depends_on_the_seed_and_name_alone(model: Transformer, data: DataSets) -> None:
-    first, again, other = (start(model, data, seed, init="random", public_data=None).rows for seed in (1, 1, 2))
+    first, again, other = (start(model, data, seed, init="random").rows for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.std().item() == pytest.approx(RANDOM_STD, rel=0.2)
@@ -245,7 +247,7 @@ def test_vectors_from_files_are_subtracted(
     np.save(tmp_path / "own.npy", own)
     np.save(tmp_path / "public.npy", public)
     vectors = {"embedding": str(tmp_path / "own.npy"), "public_embedding": str(tmp_path / "public.npy")}
-    result = start(model, data, init=init, public_data=None, **vectors)
+    result = start(model, data, init=init, **vectors)
     if init == "unit_mean":
         own, public = (vector / np.linalg.norm(vector, axis=-1, keepdims=True) for vector in (own, public))
     close(result.rows, np.broadcast_to(own - public, (LAYERS, WIDTH)), relative=1e-6)
@@ -351,7 +353,21 @@ def test_a_directory_that_is_no_sentence_transformers_model_is_refused(
 def test_public_data_that_is_not_there_is_refused(
     init: str, model: Transformer, data: DataSets, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=rf"router\.init={init} needs router\.public_data=DIR"):
-        start(model, data, init=init, public_data=None)
     with pytest.raises(UserError, match=r"train\.idx does not exist: write it with `flexpert prepare`"):
-        start(model, data, init=init, public_data=str(tmp_path))
+        start(model, data, init=init, public=tmp_path)
+
+
+@pytest.mark.parametrize(("init", "computed"), [("mean", []), ("unit_mean", []), ("discriminant", ["public"])])
+def test_a_covariance_is_computed_where_it_is_used(
+    init: str, computed: list[str], model: Transformer, data: DataSets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+
+    def statistics(model: Transformer, directory: Path, *arguments: Any, **options: Any) -> embed.StreamStatistics:
+        found[directory.name] = original(model, directory, *arguments, **options)
+        return found[directory.name]
+
+    original = embed.stream_statistics
+    monkeypatch.setattr(embed, "stream_statistics", statistics)
+    start(model, data, init=init)
+    assert [name for name, statistics in found.items() if statistics.token_covariance is not None] == computed

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexpert.data.indexed import IndexedTokens
 from flexpert.errors import UserError
-from flexpert.records import read_record
+from flexpert.records import read_record, sha256_file
 
 FEISTEL_ROUNDS = 6
 
@@ -55,6 +55,11 @@ class DataManifest:
     vocab_size: int
     eos_id: int
     answer_marker: str | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds the hashes of the data's files."""
+        return sha256_file(self.directory / "manifest.json")
 
     @property
     def tokenizer_dir(self) -> Path:

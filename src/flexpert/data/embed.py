@@ -43,12 +43,12 @@ class StreamStatistics:
     Attributes:
         document_mean: mean over documents of a document's mean, [L, D].
         token_mean: mean over tokens, [L, D].
-        token_covariance: over tokens, [L, D, D].
+        token_covariance: over tokens, [L, D, D]; None where it was not asked for.
     """
 
     document_mean: Tensor
     token_mean: Tensor
-    token_covariance: Tensor
+    token_covariance: Tensor | None
 
 
 def sample_documents(directory: Path, count: int) -> Iterator[np.ndarray]:
@@ -59,7 +59,9 @@ def sample_documents(directory: Path, count: int) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def stream_statistics(model: Transformer, directory: Path, count: int, max_tokens: int) -> StreamStatistics:
+def stream_statistics(
+    model: Transformer, directory: Path, count: int, max_tokens: int, covariance: bool
+) -> StreamStatistics:
     """Run the public model over documents and collect what its feed-forward layers read.
 
     Args:
@@ -67,12 +69,13 @@ def stream_statistics(model: Transformer, directory: Path, count: int, max_token
         directory: data set.
         count: documents.
         max_tokens: tokens of each document, from its start.
+        covariance: whether to compute it: at 7B it takes 4 GB and most of the time.
     """
     config = model.config
     device = model.head.weight.device
     document_sum = torch.zeros(config.num_layers, config.hidden_size, dtype=torch.double, device=device)
     token_sum = torch.zeros_like(document_sum)
-    square_sum = torch.zeros(*document_sum.shape, config.hidden_size, dtype=torch.double, device=device)
+    square_sum = document_sum.new_zeros(*document_sum.shape, config.hidden_size) if covariance else None
     num_documents = num_tokens = 0
     streams: dict[int, Tensor] = {}
 
@@ -97,15 +100,16 @@ def stream_statistics(model: Transformer, directory: Path, count: int, max_token
             masked = stream.double() * valid[..., None]
             document_sum[layer] += (masked.sum(1) / lengths[:, None]).sum(0)
             token_sum[layer] += masked.sum((0, 1))
-            flat = masked.flatten(0, 1)
-            square_sum[layer] += flat.T @ flat
+            if square_sum is not None:
+                flat = masked.flatten(0, 1)
+                square_sum[layer] += flat.T @ flat
         num_documents += len(batch)
         num_tokens += int(lengths.sum())
     for handle in handles:
         handle.remove()
     mean = token_sum / num_tokens
-    covariance = square_sum / num_tokens - mean[:, :, None] * mean[:, None, :]
-    return StreamStatistics(document_sum / num_documents, mean, covariance)
+    centred = None if square_sum is None else square_sum / num_tokens - mean[:, :, None] * mean[:, None, :]
+    return StreamStatistics(document_sum / num_documents, mean, centred)
 
 
 def discriminant(own: StreamStatistics, public: StreamStatistics, bias: bool) -> RouterStart:
@@ -116,6 +120,7 @@ def discriminant(own: StreamStatistics, public: StreamStatistics, bias: bool) ->
     - with a bias: r = S⁻¹ δ and b = −r·m, at most 0;
     - without: r = S⁻¹ (δ − a m) with a such that r·m = 0, the best separating plane that goes through the origin.
     """
+    assert public.token_covariance is not None
     rows, biases = [], []
     for layer in range(len(own.token_mean)):
         mean_own, mean_public = own.token_mean[layer], public.token_mean[layer]
@@ -154,7 +159,7 @@ def load_vector(path: Path) -> Tensor:
 
 
 def router_start(
-    model: Transformer, config: RouterConfig, own: Path, sequence_length: int, seed: int, name: str
+    model: Transformer, config: RouterConfig, own: Path, public: Path | None, sequence_length: int, seed: int, name: str
 ) -> RouterStart:
     """The start that `config.init` names.
 
@@ -164,7 +169,7 @@ def router_start(
 
     Args:
         model: the dense public model.
-        own: the owner's data set directory.
+        own, public: data set directories of the owner and of public text; the second where config needs public text.
         sequence_length: tokens of each document that the stream is read over.
         seed, name: of a random start; the name is the expert's.
 
@@ -179,21 +184,21 @@ def router_start(
         generator = torch.Generator().manual_seed(mixed)
         return RouterStart(torch.randn(layers, width, generator=generator) * RANDOM_STD, zeros)
     if config.embedding == "stream":
-        assert config.public_data is not None
-        sources = (own, Path(config.public_data))
-        stats = [stream_statistics(model, source, config.documents, sequence_length) for source in sources]
-        if config.init == "discriminant":
-            return discriminant(stats[0], stats[1], config.bias)
-        vectors = [statistics.document_mean.float() for statistics in stats]
+        assert public is not None
+        is_discriminant = config.init == "discriminant"
+        of_own = stream_statistics(model, own, config.documents, sequence_length, covariance=False)
+        of_public = stream_statistics(model, public, config.documents, sequence_length, covariance=is_discriminant)
+        if is_discriminant:
+            return discriminant(of_own, of_public, config.bias)
+        vectors = [statistics.document_mean.float() for statistics in (of_own, of_public)]
     elif config.embedding.endswith(".npy"):
         assert config.public_embedding is not None
         vectors = [load_vector(Path(path)) for path in (config.embedding, config.public_embedding)]
     else:
-        assert config.public_data is not None
+        assert public is not None
         if not (Path(config.embedding) / "modules.json").is_file():
             raise UserError(f"router.embedding={config.embedding} is not a sentence-transformers directory")
-        sources = (own, Path(config.public_data))
-        vectors = [sentence_embedding(Path(config.embedding), source, config.documents) for source in sources]
+        vectors = [sentence_embedding(Path(config.embedding), source, config.documents) for source in (own, public)]
     for vector in vectors:
         if vector.shape not in ((width,), (layers, width)):
             raise UserError(

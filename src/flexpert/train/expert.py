@@ -5,14 +5,16 @@ construction (no gradient, no optimiser state, no copy in another type), the own
 experts run on every token; the router sets only the mixture.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from flexpert.checkpoint.digest import base_digest, tokenizer_digest
-from flexpert.checkpoint.huggingface import ModelDirectory, fill, job_tensor_map, load_model
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.huggingface import fill, job_tensor_map, load_model
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import ExpertConfig
 from flexpert.contribution.pack import pack
@@ -53,55 +55,56 @@ def run(config: ExpertConfig, resolved: str) -> None:
         return
 
     device = set_up_process(config.train.device, config.parallel.threads)
-    mixture = calibration_windows(config, base)
-    digest = base_digest(base.path)
+    inputs = {"base": base_digest(base.path)}
+    if config.public_data is not None:
+        public = read_manifest(Path(config.public_data))
+        check_tokenizer(base.path, public)
+        inputs["public_data"] = public.digest
+    windows = mixed_windows(config, config.public_share)
+    steps = config.router.calibration_steps
+    calibration = mixed_windows(config, config.router.calibration_public_share) if steps else None
     model = build_job(base, config, device)
-    trainer = Trainer(model, config, "expert", manifest, device, resolved, inputs={"base": digest})
+    trainer = Trainer(model, config, "expert", manifest, device, resolved, windows, inputs)
     claim_directory(output, resolved, config.resume)
     trainer.run()
-    if mixture is not None:
+    if calibration is not None:
         train_only(model, lambda name: name.endswith((".router.weight.1", ".router.bias.1")))
         short = calibration_config(config)
         Path(short.output_dir).mkdir(exist_ok=True)
-        Trainer(model, short, "calibrate", manifest, device, resolved, mixture, {"base": digest}).run()
+        recorded = yaml.safe_dump(asdict(short))  # for W&B, where it is a run of its own
+        Trainer(model, short, "calibrate", manifest, device, recorded, calibration, inputs).run()
     frozen = job_tensor_map(model.config, expert=False)
-    if frozen_digest(model, frozen, dtype, tokenizer_digest(base.path)) != digest:
+    if frozen_digest(model, frozen, dtype, tokenizer_digest(base.path)) != inputs["base"]:
         raise AssertionError("a frozen tensor changed during training: the contribution is not written")
     pack(
         contribution,
         tensors=expert_tensors(model, dtype),
         identity=identity,
-        base_digest=digest,
-        architecture={
-            "hidden_size": base.config.hidden_size,
-            "num_hidden_layers": base.config.num_layers,
-            "intermediate_size": base.config.intermediate_size,
-        },
+        base_digest=inputs["base"],
+        architecture=base.architecture,
         router={"bias": config.router.bias, "init": config.router.init},
         training={
             "steps": trainer.num_steps,
             "tokens": trainer.num_steps * config.train.batch_tokens,
-            "calibration_steps": config.router.calibration_steps,
+            "public_share": config.public_share,
+            "calibration_steps": steps,
         },
     )
     print(contribution)
 
 
-def calibration_windows(config: ExpertConfig, base: ModelDirectory) -> MixedWindows | None:
-    """Own text mixed with public text, or None where no calibration is asked for.
+def mixed_windows(config: ExpertConfig, public_share: float) -> TokenWindows | MixedWindows:
+    """Own sequences, and public ones among them.
 
-    Trained on own text only, a row learns to claim everything. A few steps in which public text pulls it back need no
-    other owner's data and take most of the assembled model's harm on public text away.
+    Trained on own text only, a row learns to claim everything, and the FFN to harm what it claims. Public text among
+    the owner's needs nobody else's data and takes most of that away.
     """
-    router = config.router
-    if router.public_data is not None:
-        check_tokenizer(base.path, read_manifest(Path(router.public_data)))
-    if not router.calibration_steps:
-        return None
-    assert router.public_data is not None
-    sources = (Path(config.data.dir), Path(router.public_data))
-    own, public = (TokenWindows(source, "train", config.train.sequence_length, config.seed) for source in sources)
-    return MixedWindows(own, public, router.calibration_public_share)
+    own = TokenWindows(Path(config.data.dir), "train", config.train.sequence_length, config.seed)
+    if not public_share:
+        return own
+    assert config.public_data is not None
+    public = TokenWindows(Path(config.public_data), "train", config.train.sequence_length, config.seed)
+    return MixedWindows(own, public, public_share)
 
 
 def calibration_config(config: ExpertConfig) -> ExpertConfig:
@@ -122,16 +125,23 @@ def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) 
     """The two-expert model: all of the public model, the second FFN a copy of the first, rows as configured."""
     public = load_model(base.path, device=device)[0]
     start = router_start(
-        public, config.router, Path(config.data.dir), config.train.sequence_length, config.seed, config.name
+        public,
+        config.router,
+        Path(config.data.dir),
+        Path(config.public_data) if config.public_data is not None else None,
+        config.train.sequence_length,
+        config.seed,
+        config.name,
     )
     del public
-    model = build_on_meta(job_config(base.config, config.router.bias), (1, 1)).to_empty(device=device)
+    model = build_on_meta(job_config(base.config, config.router.bias), (1, 1))
+    train_only(model, lambda name: any(part in name for part in OWN))
+    if device.type == "cuda":
+        cast_frozen(model, base.require_one_dtype())  # before there is memory behind it: no fp32 copy at any time
+    model = model.to_empty(device=device)
     for expert in (False, True):
         fill(model, job_tensor_map(model.config, expert), base.files, device)
     set_rows(model, start)
-    train_only(model, lambda name: any(part in name for part in OWN))
-    if device.type == "cuda":
-        cast_frozen(model, base.require_one_dtype())
     return model
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from flexpert.checkpoint.digest import tokenizer_digest
-from flexpert.checkpoint.huggingface import ModelDirectory, load_model, save_model
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.huggingface import load_model, save_model
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.config.stages import PretrainConfig
 from flexpert.data.dataset import DataManifest, read_manifest
