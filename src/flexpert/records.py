@@ -1,6 +1,6 @@
 """JSON records: every JSON file that leaves a stage carries its kind and a schema version.
 
-A reader accepts the version that it knows. An older one is refused until a migration for it is written here, and a
+A reader accepts the version that it knows. An older one is refused unless a migration for it is written here, and a
 newer one is refused with the advice to upgrade: silently dropping fields that a newer writer thought necessary (a
 licence, a signature) would be worse than an error.
 """
@@ -8,6 +8,7 @@ licence, a signature) would be worse than an error.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,28 @@ from flexpert.errors import UserError
 SCHEMA_VERSIONS = {
     "flexpert.data": 1,
     "flexpert.contribution": 1,
-    "flexpert.assembly": 1,
+    "flexpert.assembly": 2,
     "flexpert.evaluation": 1,
     "flexpert.checkpoint": 1,
     "flexpert.stage": 1,
+}
+
+
+def _expert_files(record: dict[str, Any]) -> dict[str, Any]:
+    """Until version 1, an expert of an assembled model had one file."""
+
+    def entry(expert: Any) -> Any:
+        if not isinstance(expert, dict) or "file" not in expert:
+            return expert
+        return {**{key: value for key, value in expert.items() if key != "file"}, "files": [expert["file"]]}
+
+    experts = record.get("experts")
+    return record | {"experts": [entry(expert) for expert in experts]} if isinstance(experts, list) else record
+
+
+#: Kind and version of an older record → what makes it one of the next version.
+MIGRATIONS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {
+    ("flexpert.assembly", 1): _expert_files,
 }
 
 
@@ -84,6 +103,9 @@ def read_record(path: Path, kind: str) -> dict[str, Any]:
     if record.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} record (its kind is {record.get('kind')!r})")
     version, known = record.get("schema_version"), SCHEMA_VERSIONS[kind]
+    while isinstance(version, int) and (kind, version) in MIGRATIONS:
+        record = MIGRATIONS[kind, version](record)
+        version += 1
     if not isinstance(version, int) or version < known:
         raise UserError(f"{path} has schema version {version!r}; this Flexpert reads version {known}: write it again")
     if version > known:

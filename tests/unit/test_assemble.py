@@ -121,14 +121,19 @@ def test_the_record_says_what_is_there(shared_base: Path, contributions: list[Pa
         ("news", "Owner of NEWS", "LicenseRef-news", read_contribution(contributions[0]).digest),
         ("code", "Owner of CODE", "LicenseRef-code", read_contribution(contributions[1]).digest),
     ]
-    listed = [record.router, *record.trunk, *record.tokenizer, *(expert.file for expert in record.experts)]
+    listed = [
+        record.router,
+        *record.trunk,
+        *record.tokenizer,
+        *(file for expert in record.experts for file in expert.files),
+    ]
     for file in listed:
         path = model / file.name
         assert (file.bytes, file.sha256) == (path.stat().st_size, sha256_file(path))
     names = {file.name for file in listed}
     others = {"config.json", "generation_config.json", "model.safetensors.index.json", "assembly.json"}
     assert set(content(model)) == names | others
-    assert {expert.file.name for expert in record.experts} == {
+    assert {file.name for expert in record.experts for file in expert.files} == {
         f"expert-{e}.safetensors" for e in ("public", "news", "code")
     }
     before, after = (json.loads((path / "config.json").read_text()) for path in (shared_base, model))

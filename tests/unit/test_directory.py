@@ -94,14 +94,29 @@ def swap(record: dict[str, Any]) -> None:
     [
         (swap, ("assembly.json", "'math' is number 1", "expert-news.safetensors")),
         (lambda record: record["experts"].pop(), ("config.json", "disagree on the experts")),
-        (lambda record: record["experts"][1]["file"].update(bytes=7), ("expert-news.safetensors", "says 7")),
+        (lambda record: record["experts"][1]["files"][0].update(bytes=7), ("expert-news.safetensors", "says 7")),
         (lambda record: record["tokenizer"][0].update(name="other.json"), ("other.json", "missing")),
         (lambda record: record["trunk"].clear(), ("trunk.safetensors", "not listed")),
         (lambda record: record["router"].update(bias=True), ("config.json", "disagree on the experts")),
         (lambda record: record["architecture"].update(rope_theta=9.5), ("rope_theta 9.5", "1234.0")),
         (lambda record: record.pop("architecture"), ("assembly.json", "'architecture'")),
+        (lambda record: record["experts"][1].update(id="x\x1b[2J"), ("assembly.json", "expert id", "invalid")),
+        (lambda record: record["experts"][1].update(title="a\nb"), ("assembly.json", "title", "one line")),
+        (lambda record: record["trunk"].append(record["trunk"][0]), ("assembly.json", "lists a file twice")),
     ],
-    ids=["order", "number", "size", "absent", "unlisted", "bias", "architecture", "no architecture"],
+    ids=[
+        "order",
+        "number",
+        "size",
+        "absent",
+        "unlisted",
+        "bias",
+        "architecture",
+        "no architecture",
+        "id",
+        "title",
+        "twice",
+    ],
 )
 def test_a_record_that_disagrees_with_the_files_is_refused(
     change: Callable[[dict[str, Any]], object], parts: tuple[str, ...], model: Path, refused: Refused
@@ -118,6 +133,23 @@ def test_a_router_of_another_number_of_rows_is_refused(model: Path, refused: Ref
     edit(model / "assembly.json", lambda record: record["router"]["file"].update(bytes=path.stat().st_size))
     with refused(model, name, "[2, 24]", "[3, 24]"):
         ModelDirectory.open(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"rope_scaling": "yarn"}, "is not an object"),
+        ({"rope_theta": 10**400}, "'rope_theta'"),
+        ({"num_hidden_layers": 10**9}, "more layers or experts than there are tensors"),
+    ],
+    ids=["rope", "huge number", "many layers"],
+)
+def test_a_config_that_nobody_would_write_is_one_line(
+    changes: dict[str, Any], part: str, base: Path, refused: Refused
+) -> None:
+    edit(base / "config.json", lambda config: config.update(rope_parameters=None) or config.update(changes))
+    with refused(base, "config.json", part):
+        ModelDirectory.open(base)
 
 
 def test_k_alone_may_be_changed_by_hand(model: Path, refused: Refused) -> None:

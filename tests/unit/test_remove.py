@@ -89,7 +89,7 @@ def traces(contribution: Path, expert_id: str, model: Path) -> dict[str, bytes]:
         "license": record["license"].encode(),
         "digest": record["digest"].removeprefix("sha256:").encode(),
         "file's hash": record["files"][0]["sha256"].encode(),
-        "hash in the model": entry.file.sha256.encode(),
+        "hash in the model": entry.files[0].sha256.encode(),
     }
     for name, tensor in load_file(contribution / "expert.safetensors").items():
         found[f"hash of {name}"] = record["tensors"][name]["sha256"].encode()

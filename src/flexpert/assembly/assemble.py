@@ -1,8 +1,8 @@
 """Assemble a public model and contributions into one mixture of experts (FlexOlmo, arXiv 2507.07024).
 
 No weight is computed: FFNs become experts, router rows are stacked below the public row, which is zero, and everything
-else is the public model's, bit for bit. One pass reads, checks, hashes and writes every tensor; the model appears
-under its final name when all of it has been verified.
+else is the public model's, bit for bit. One pass reads, checks, hashes and writes every tensor, several files at a
+time; the model appears under its final name when all of it has been verified.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flexpert.assembly.files import MAX_FILE_BYTES, ModelWriter, Pending, new_directory, written
 from flexpert.assembly.record import AssemblyRecord, ExpertEntry, write_assembly
 from flexpert.assembly.tensors import (
     INDEX_FILE,
@@ -35,13 +36,13 @@ from flexpert.checkpoint.layout import (
     model_shapes,
     router_name,
 )
-from flexpert.checkpoint.store import atomic_directory
 from flexpert.contribution.record import PUBLIC_ID
 from flexpert.contribution.verify import OpenContribution, check_against_base, open_contribution
 from flexpert.errors import UserError
+from flexpert.fields import FileEntry
 from flexpert.records import write_json
 
-TRUNK_FILE = "trunk.safetensors"
+TRUNK = "trunk"
 ROUTER_FILE = "router.safetensors"
 
 #: `rows[layer][expert]` is the raw bytes of a row.
@@ -49,7 +50,12 @@ Rows = Sequence[Sequence[bytes]]
 
 
 def assemble(
-    base: Path, contributions: Sequence[Path], output: Path, *, active_experts: int | None = None
+    base: Path,
+    contributions: Sequence[Path],
+    output: Path,
+    *,
+    active_experts: int | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> AssemblyRecord:
     """Write the model of a public model and contributions, as a Hugging Face directory.
 
@@ -60,62 +66,68 @@ def assemble(
         contributions: directories; their order is the order of the experts, after the public one.
         output: must not exist yet.
         active_experts: experts that a token uses (k); None: all.
+        max_file_bytes: the trunk and each expert are split into files of at most so many bytes of weights.
 
     Returns:
         The content of the model's `assembly.json`.
 
     Raises:
-        UserError: an input is missing, malformed or altered, holds NaN or infinity, or does not fit the others. Nothing
-            is then left under `output`.
+        UserError: an input is missing, malformed or altered, holds NaN or infinity, or does not fit the others, or the
+            disk is full. Nothing is then left under `output`.
     """
     with ExitStack() as opened:
         model = ModelDirectory.open(base)
         if model.experts:
-            raise UserError(f"{base} is a mixture; give the public model that the experts were trained against")
+            raise UserError(f"{base} is a mixture: give the public model, or model={base} to add to this one")
         weights = opened.enter_context(open_model(base))
         experts = [opened.enter_context(open_contribution(path)) for path in contributions]
         for expert in experts:
             check_against_base(expert.record, model)
         tokenizer_digest(base)  # so that an error names the base; the digest that counts is of the copy
-        biased = _check_together(experts)
+        check_together(experts)
+        biased = any(expert.record.has_bias for expert in experts)
         num_experts = 1 + len(experts)
-        active = num_experts if active_experts is None else active_experts
-        if not 1 <= active <= num_experts:
-            raise UserError(f"active_experts={active} is not between 1 and the number of experts, {num_experts}")
+        active = check_active(num_experts if active_experts is None else active_experts, num_experts)
 
-        with atomic_directory(output) as directory:
-            tokenizer = tuple(copy_file(base, directory, name) for name in TOKENIZER_FILES if (base / name).exists())
-            trunk, public, base_digest = _write_base(directory, model, weights)
-            for expert in experts:
-                check_against_base(expert.record, model, base_digest)
-            own = [_write_expert(directory, index, expert) for index, expert in enumerate(experts, start=1)]
-            router = _write_routers(directory, model, experts, biased)
-            for tensors in [weights, *(expert.tensors for expert in experts)]:
-                tensors.assert_each_read_once()
+        directory = opened.enter_context(new_directory(output))
+        writer = opened.enter_context(ModelWriter(directory))
+        writing_trunk, writing_public = _begin_base(writer, model, weights, max_file_bytes)
+        writing = [begin_expert(writer, index, expert, max_file_bytes) for index, expert in enumerate(experts, start=1)]
+        router = _write_routers(directory, model, experts, biased)
+        tokenizer = tuple(copy_file(base, directory, name) for name in TOKENIZER_FILES if (base / name).exists())
+        if (base / "generation_config.json").exists():
+            copy_file(base, directory, "generation_config.json")
 
-            if (base / "generation_config.json").exists():
-                copy_file(base, directory, "generation_config.json")
-            shape = replace(model.config, num_experts=num_experts, active_experts=active, router_bias=biased)
-            write_config_and_index(directory, assembled_config(model.raw, shape), [trunk, router, public, *own], base)
-            record = AssemblyRecord(
-                base_digest=base_digest,
-                architecture=model.architecture,
-                active_experts=active,
-                biased=biased,
-                router=router.entry,
-                trunk=(trunk.entry,),
-                tokenizer=tokenizer,
-                experts=(
-                    ExpertEntry(PUBLIC_ID, "Public", None, None, public.entry),
-                    *(_entry(expert, file) for expert, file in zip(experts, own, strict=True)),
-                ),
-            )
-            write_assembly(directory, record)
+        trunk, public = written(writing_trunk), written(writing_public)
+        base_digest = _digest_of_written(trunk, public, model.config.num_layers, tokenizer_digest(directory))
+        for expert in experts:
+            check_against_base(expert.record, model, base_digest)
+        own = [finish_expert(files, i, e) for i, (e, files) in enumerate(zip(experts, writing, strict=True), start=1)]
+        for tensors in [weights, *(expert.tensors for expert in experts)]:
+            tensors.assert_each_read_once()
+
+        shape = replace(model.config, num_experts=num_experts, active_experts=active, router_bias=biased)
+        files = [*trunk, router, *public, *(file for files in own for file in files)]
+        write_config_and_index(directory, assembled_config(model.raw, shape), files, base)
+        record = AssemblyRecord(
+            base_digest=base_digest,
+            architecture=model.architecture,
+            active_experts=active,
+            biased=biased,
+            router=router.entry,
+            trunk=entries(trunk),
+            tokenizer=tokenizer,
+            experts=(
+                ExpertEntry(PUBLIC_ID, "Public", None, None, entries(public)),
+                *(expert_entry(expert, files) for expert, files in zip(experts, own, strict=True)),
+            ),
+        )
+        write_assembly(directory, record)
     return record
 
 
-def _check_together(experts: list[OpenContribution]) -> bool:
-    """Check the contributions against each other; returns whether their routers have a bias."""
+def check_together(experts: Sequence[OpenContribution]) -> None:
+    """Check the contributions against each other."""
     records = [expert.record for expert in experts]
     first = {record.identity.id: record for record in reversed(records)}
     for record in records:
@@ -128,32 +140,63 @@ def _check_together(experts: list[OpenContribution]) -> bool:
             raise UserError(
                 f"{records[0].directory} and {record.directory} differ in router.bias; train all with it or none"
             )
-    return any(record.has_bias for record in records)
 
 
-def _write_base(directory: Path, model: ModelDirectory, weights: TensorSet) -> tuple[FileRecord, FileRecord, str]:
-    """Write the trunk and the public expert; returns their records and the base digest of what was written."""
-    layers = range(model.config.num_layers)
-    names = {ffn_name(layer, part): expert_name(layer, 0, part) for layer in layers for part in PROJECTIONS}
-    trunk_names = [name for name in model_shapes(model.config) if name not in names]
-    trunk = write_tensors(directory / TRUNK_FILE, [weights.source(name, name) for name in trunk_names])
-    sources = [weights.source(name, target) for name, target in names.items()]
-    public = write_tensors(directory / expert_file(PUBLIC_ID), sources)
-    digests = {**trunk.tensors, **{name: public.tensors[target] for name, target in names.items()}}
-    return trunk, public, digest_of(digests, tokenizer_digest(directory))
+def check_active(active: int, num_experts: int) -> int:
+    if not 1 <= active <= num_experts:
+        raise UserError(f"active_experts={active} is not between 1 and the number of experts, {num_experts}")
+    return active
 
 
-def _write_expert(directory: Path, index: int, expert: OpenContribution) -> FileRecord:
-    """Write a contribution's FFNs as the expert `index`; what was written must have the hashes of its record."""
+def _begin_base(
+    writer: ModelWriter, model: ModelDirectory, weights: TensorSet, max_file_bytes: int
+) -> tuple[Pending, Pending]:
+    """Begin to write the trunk and the public expert."""
+    ffn = _public_names(model.config.num_layers)
+    trunk = [weights.source(name, name) for name in model_shapes(model.config) if name not in ffn]
+    public = [weights.source(name, target) for name, target in ffn.items()]
+    return (
+        writer.write(TRUNK, trunk, max_file_bytes),
+        writer.write(expert_stem(PUBLIC_ID), public, max_file_bytes),
+    )
+
+
+def _public_names(num_layers: int) -> dict[str, str]:
+    """The names of the FFNs in a public model, and what they are called as expert 0."""
+    layers = range(num_layers)
+    return {ffn_name(layer, part): expert_name(layer, 0, part) for layer in layers for part in PROJECTIONS}
+
+
+def _digest_of_written(
+    trunk: Sequence[FileRecord], public: Sequence[FileRecord], num_layers: int, tokenizer: str
+) -> str:
+    """The base digest of what was written as trunk and as public expert."""
+    expert = {name: digest for file in public for name, digest in file.tensors.items()}
+    digests = {name: digest for file in trunk for name, digest in file.tensors.items()}
+    return digest_of(digests | {name: expert[new] for name, new in _public_names(num_layers).items()}, tokenizer)
+
+
+def _own_names(expert: OpenContribution, index: int) -> dict[str, str]:
+    """The names of the FFNs in a contribution, and in the model where it is the expert `index`."""
     layers = range(expert.record.architecture.num_hidden_layers)
-    names = {
+    return {
         f"layers.{layer}.{part}.weight": expert_name(layer, index, part) for layer in layers for part in PROJECTIONS
     }
-    sources = [expert.tensors.source(name, target) for name, target in names.items()]
-    file = write_tensors(directory / expert_file(expert.record.identity.id), sources)
-    for name, target in names.items():
-        expert.check_sha256(name, file.tensors[target].sha256)
-    return file
+
+
+def begin_expert(writer: ModelWriter, index: int, expert: OpenContribution, max_file_bytes: int) -> Pending:
+    """Begin to write a contribution's FFNs as the expert `index`."""
+    sources = [expert.tensors.source(name, target) for name, target in _own_names(expert, index).items()]
+    return writer.write(expert_stem(expert.record.identity.id), sources, max_file_bytes)
+
+
+def finish_expert(writing: Pending, index: int, expert: OpenContribution) -> tuple[FileRecord, ...]:
+    """Wait for the files of the expert `index`; what was written must have the hashes of the contribution's record."""
+    files = written(writing)
+    digests = {name: digest for file in files for name, digest in file.tensors.items()}
+    for name, target in _own_names(expert, index).items():
+        expert.check_sha256(name, digests[target].sha256)
+    return files
 
 
 def _write_routers(directory: Path, model: ModelDirectory, experts: list[OpenContribution], biased: bool) -> FileRecord:
@@ -186,13 +229,18 @@ def write_routers(directory: Path, dtype: str, weights: Rows, biases: Rows | Non
     return write_tensors(directory / ROUTER_FILE, sources)
 
 
-def _entry(expert: OpenContribution, file: FileRecord) -> ExpertEntry:
+def entries(files: Sequence[FileRecord]) -> tuple[FileEntry, ...]:
+    return tuple(file.entry for file in files)
+
+
+def expert_entry(expert: OpenContribution, files: Sequence[FileRecord]) -> ExpertEntry:
     identity = expert.record.identity
-    return ExpertEntry(identity.id, identity.title, identity.license, expert.record.digest, file.entry)
+    return ExpertEntry(identity.id, identity.title, identity.license, expert.record.digest, entries(files))
 
 
-def expert_file(expert_id: str) -> str:
-    return f"expert-{expert_id}.safetensors"
+def expert_stem(expert_id: str) -> str:
+    """The name of an expert's file, before what `part_names` adds."""
+    return f"expert-{expert_id}"
 
 
 def write_config_and_index(directory: Path, config: dict[str, Any], files: Sequence[FileRecord], source: Path) -> None:

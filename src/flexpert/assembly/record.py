@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexpert.checkpoint.layout import Architecture
+from flexpert.contribution.record import PUBLIC_ID, ExpertIdentity, check_identity
 from flexpert.errors import UserError
 from flexpert.fields import FileEntry, require, require_sha256
 from flexpert.records import read_record, write_record
@@ -23,14 +24,14 @@ class ExpertEntry:
         title: for people.
         license: None where its owner states none.
         contribution: digest of the contribution that it came from; None for the public expert.
-        file: the safetensors file that holds its FFNs and nothing else.
+        files: the safetensors files that hold its FFNs and nothing else; several where they are large.
     """
 
     id: str
     title: str
     license: str | None
     contribution: str | None
-    file: FileEntry
+    files: tuple[FileEntry, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -38,7 +39,7 @@ class ExpertEntry:
             "title": self.title,
             "license": self.license,
             "contribution": self.contribution,
-            "file": self.file.to_json(),
+            "files": [file.to_json() for file in self.files],
         }
 
     @staticmethod
@@ -52,7 +53,7 @@ class ExpertEntry:
             contribution=None
             if value.get("contribution") is None
             else require_sha256(value, "contribution", where, prefix="sha256:"),
-            file=FileEntry.from_json(value.get("file"), where),
+            files=tuple(FileEntry.from_json(file, where) for file in require(value, "files", list, where)),
         )
 
 
@@ -87,7 +88,7 @@ class AssemblyRecord:
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file that is listed."""
-        return (*self.trunk, self.router, *(expert.file for expert in self.experts), *self.tokenizer)
+        return (*self.trunk, self.router, *(file for expert in self.experts for file in expert.files), *self.tokenizer)
 
     def to_json(self) -> dict[str, Any]:
         tuned = {"tuned": True} if self.tuned else {}
@@ -122,7 +123,10 @@ def read_assembly(directory: Path) -> AssemblyRecord:
     experts = tuple(ExpertEntry.from_json(value, where) for value in require(record, "experts", list, where))
     if len({expert.id for expert in experts}) < len(experts):
         raise UserError(f"{where} lists an expert twice; assemble the model again")
-    return AssemblyRecord(
+    for expert in experts:
+        if expert.id != PUBLIC_ID:
+            check_identity(ExpertIdentity(expert.id, expert.title, expert.license), where)
+    assembly = AssemblyRecord(
         base_digest=require_sha256(record, "base_digest", where, prefix="sha256:"),
         architecture=Architecture.from_json(require(record, "architecture", dict, where), where),
         active_experts=require(record, "active_experts", int, where),
@@ -134,6 +138,9 @@ def read_assembly(directory: Path) -> AssemblyRecord:
         tuned=require(router, "tuned", bool, where) if "tuned" in router else False,
         removed=require(record, "removed", int, where) if "removed" in record else 0,
     )
+    if len({file.name for file in assembly.files}) < len(assembly.files):
+        raise UserError(f"{where} lists a file twice; assemble the model again")
+    return assembly
 
 
 def select_experts(present: Sequence[str], exclude: Iterable[str]) -> list[int]:

@@ -5,20 +5,29 @@ rows are left out, and the experts behind them move up. Nothing is masked: a zer
 Files are checked against `assembly.json` while they are copied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexpert.assembly.assemble import write_config_and_index, write_routers
-from flexpert.assembly.record import AssemblyRecord, read_assembly, select_experts, write_assembly
-from flexpert.assembly.tensors import FileRecord
-from flexpert.assembly.verify import copy_checked, copy_file, copy_tensors, open_checked
+from flexpert.assembly.assemble import (
+    begin_expert,
+    entries,
+    expert_entry,
+    finish_expert,
+    write_config_and_index,
+    write_routers,
+)
+from flexpert.assembly.files import MAX_FILE_BYTES, ModelWriter, Pending, new_directory, written
+from flexpert.assembly.record import AssemblyRecord, ExpertEntry, read_assembly, select_experts, write_assembly
+from flexpert.assembly.tensors import ITEM_BYTES, FileRecord
+from flexpert.assembly.verify import copy_checked, copy_file, copy_tensors, read_small
 from flexpert.checkpoint.directory import check_config
 from flexpert.checkpoint.layout import PROJECTIONS, expert_name, model_class, model_config, router_name
-from flexpert.checkpoint.store import atomic_directory
 from flexpert.contribution.record import PUBLIC_ID
+from flexpert.contribution.verify import OpenContribution
 from flexpert.errors import UserError
+from flexpert.fields import FileEntry
 from flexpert.records import read_json
 
 
@@ -63,7 +72,7 @@ def remove(model: Path, experts: Sequence[str], output: Path, *, record_removed:
         changed,
         kept,
         raw | {"num_experts": len(kept), "num_experts_per_tok": active, **model_class(biased)},
-        lambda directory: _write_routers(model, directory, record, kept, config.num_layers, biased),
+        lambda directory: write_rows(model, directory, record, kept, biased),
     )
 
 
@@ -71,47 +80,57 @@ def write_changed(
     model: Path,
     output: Path,
     record: AssemblyRecord,
-    kept: Sequence[int],
+    experts: Sequence[int | OpenContribution],
     config: dict[str, Any],
     write_router: Callable[[Path], FileRecord],
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> AssemblyRecord:
-    """Write an assembled model again, with other routers and perhaps fewer experts.
+    """Write an assembled model again, with other routers and perhaps other experts.
 
     Args:
-        model: directory of an assembled model; what is copied from it is checked.
+        model: directory of an assembled model; what is copied from it is checked, and keeps its split into files.
         output: must not exist yet.
         record: what is to be recorded, with the files and all the experts of `model`.
-        kept: indices of the experts that stay.
+        experts: those of the new model: indices in `model`, and contributions that were checked against it.
         config: the new config.json.
         write_router: writes the routers' file into the directory that it is given.
+        max_file_bytes: as `assemble`'s, for contributions.
 
     Returns:
         The content of the new `assembly.json`.
 
     Raises:
-        UserError: a file of the model is missing or altered. Nothing is then left under `output`.
+        UserError: a file of the model is missing or altered, as is a contribution's, or the disk is full. Nothing is
+            then left under `output`.
     """
     num_layers = record.architecture.num_hidden_layers
-    with atomic_directory(output) as directory:
+    with new_directory(output) as directory, ModelWriter(directory) as writer:
+
+        def copy(files: Sequence[FileEntry], new_names: Mapping[str, str]) -> Pending:
+            return [writer.submit(copy_tensors, model, directory, file, new_names) for file in files]
+
+        def begin(index: int, expert: int | OpenContribution) -> Pending:
+            if isinstance(expert, int):
+                return copy(record.experts[expert].files, _new_names(num_layers, expert, index))
+            return begin_expert(writer, index, expert, max_file_bytes)
+
+        def finish(index: int, expert: int | OpenContribution, writing: Pending) -> ExpertEntry:
+            if isinstance(expert, int):
+                return replace(record.experts[expert], files=entries(written(writing)))
+            return expert_entry(expert, finish_expert(writing, index, expert))
+
+        writing_trunk = copy(record.trunk, {})
+        writing = [begin(index, expert) for index, expert in enumerate(experts)]
         tokenizer = tuple(copy_checked(model, directory, file) for file in record.tokenizer)
         if (model / "generation_config.json").exists():
             copy_file(model, directory, "generation_config.json")
-        trunk = [copy_tensors(model, directory, file, {}) for file in record.trunk]
         router = write_router(directory)
-        own = [
-            copy_tensors(model, directory, record.experts[before].file, _new_names(num_layers, before, after))
-            for after, before in enumerate(kept)
-        ]
-        write_config_and_index(directory, config, [*trunk, router, *own], model)
-        result = replace(
-            record,
-            router=router.entry,
-            trunk=tuple(file.entry for file in trunk),
-            tokenizer=tokenizer,
-            experts=tuple(
-                replace(record.experts[index], file=file.entry) for index, file in zip(kept, own, strict=True)
-            ),
-        )
+        trunk = written(writing_trunk)
+        own = [finish(*numbered, files) for numbered, files in zip(enumerate(experts), writing, strict=True)]
+        files = [*trunk, router, *(file for pending in writing for file in written(pending))]
+        write_config_and_index(directory, config, files, model)
+        result = replace(record, router=router.entry, trunk=entries(trunk), tokenizer=tokenizer, experts=tuple(own))
         write_assembly(directory, result)
     return result
 
@@ -125,23 +144,33 @@ def _new_names(num_layers: int, before: int, after: int) -> dict[str, str]:
     }
 
 
-def _write_routers(
-    model: Path, directory: Path, record: AssemblyRecord, kept: list[int], num_layers: int, biased: bool
+def write_rows(
+    model: Path, directory: Path, record: AssemblyRecord, experts: Sequence[int | OpenContribution], biased: bool
 ) -> FileRecord:
-    """Write the routers with the rows of the experts that are left."""
-    path = model / record.router.name
-    with open_checked(path, record.router) as (file, read):
-        tensors = {name: b"".join(read(name)) for name in file.tensors}
+    """Write the routers with the rows of these experts, which are as `write_changed`'s.
 
+    Raises:
+        UserError: the routers' file of `model` is missing, altered, or has another number of rows than there are
+            experts, or a contribution's row was altered.
+    """
+    infos, tensors = read_small(model, record.router)
     num_experts = len(record.experts)
 
-    def rows(layer: int, part: str) -> list[bytes]:
+    def row(layer: int, part: str, expert: int | OpenContribution) -> bytes:
+        if not isinstance(expert, int):
+            return expert.read_checked(f"layers.{layer}.router.{part}")
         name = router_name(layer, part)
-        if name not in tensors or file.tensors[name].shape[:1] != (num_experts,):
+        if part == "bias" and not record.biased:  # only the public expert can meet others with a bias; its own is 0
+            return bytes(ITEM_BYTES[infos[router_name(layer, "weight")].dtype])
+        if name not in tensors or infos[name].shape[:1] != (num_experts,):
+            path = model / record.router.name
             raise UserError(f"{path} has no tensor {name!r} of {num_experts} rows; assemble the model again")
         row_bytes = len(tensors[name]) // num_experts
-        return [tensors[name][index * row_bytes : (index + 1) * row_bytes] for index in kept]
+        return tensors[name][expert * row_bytes : (expert + 1) * row_bytes]
 
-    weights = [rows(layer, "weight") for layer in range(num_layers)]
-    biases = [rows(layer, "bias") for layer in range(num_layers)] if biased else None
-    return write_routers(directory, file.tensors[router_name(0, "weight")].dtype, weights, biases)
+    def rows(part: str) -> list[list[bytes]]:
+        layers = range(record.architecture.num_hidden_layers)
+        return [[row(layer, part, expert) for expert in experts] for layer in layers]
+
+    weights, biases = rows("weight"), rows("bias") if biased else None
+    return write_routers(directory, infos[router_name(0, "weight")].dtype, weights, biases)

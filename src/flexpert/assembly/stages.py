@@ -6,6 +6,7 @@ are nobody's business there. `assembly.json` says what a model consists of.
 
 from pathlib import Path
 
+from flexpert.assembly.add import add
 from flexpert.assembly.assemble import assemble
 from flexpert.assembly.remove import remove
 from flexpert.checkpoint.directory import ModelDirectory
@@ -16,7 +17,19 @@ def run_assemble(config: AssembleConfig, resolved: str) -> None:
     """Write the assembled model into `output_dir`."""
     output = Path(config.output_dir)
     contributions = [Path(path) for path in config.contributions]
-    assemble(Path(config.base), contributions, output, active_experts=config.active_experts)
+    active, limit = config.active_experts, config.max_file_bytes
+    if config.model is None:
+        assert config.base is not None, "the config was checked"
+        assemble(Path(config.base), contributions, output, active_experts=active, max_file_bytes=limit)
+    else:
+        add(
+            Path(config.model),
+            contributions,
+            output,
+            replace_known=config.replace,
+            active_experts=active,
+            max_file_bytes=limit,
+        )
     print(summary(output))
     print(output)
 

@@ -13,9 +13,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -25,7 +27,7 @@ from flexpert.fields import FileEntry, plain_name
 from flexpert.records import read_json
 
 #: A tensor is read in pieces of this many bytes. Divides by every item size, so that no piece splits a value.
-BUFFER_BYTES = 64 << 20
+BUFFER_BYTES = 16 << 20
 #: Which file of a Hugging Face directory holds which tensor, where there are several.
 INDEX_FILE = "model.safetensors.index.json"
 #: The safetensors library refuses longer headers; so do we, before reading them.
@@ -123,17 +125,35 @@ class SafetensorsFile:
     def read_pieces(self, name: str) -> Iterator[bytes]:
         """Yield a tensor's bytes in order, in pieces of whole values of at most `BUFFER_BYTES`.
 
+        Threads may read different tensors of one file at the same time.
+
         Raises:
-            UserError: the file has become shorter since it was opened.
+            UserError: the file cannot be read, or has become shorter since it was opened.
         """
         info = self.tensors[name]
         end = info.offset + info.num_bytes
         for position in range(info.offset, end, BUFFER_BYTES):
-            self._file.seek(position)
-            piece = self._file.read(min(BUFFER_BYTES, end - position))
-            if len(piece) < min(BUFFER_BYTES, end - position):
+            yield self._read(position, min(BUFFER_BYTES, end - position))
+
+    def _read(self, position: int, num_bytes: int) -> bytes:
+        descriptor, piece = self._file.fileno(), b""
+        # The disk fetches the next piece while this one is hashed.
+        _advise(descriptor, position + num_bytes, BUFFER_BYTES, "POSIX_FADV_WILLNEED")
+        while len(piece) < num_bytes:  # a read that meets a bad sector ends before it; the next one says why
+            try:
+                part = os.pread(descriptor, num_bytes - len(piece), position + len(piece))
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be read ({error.strerror}); fetch it again") from None
+            if not part:
                 raise UserError(f"{self.path} was cut short while it was read; fetch it again")
-            yield piece
+            piece = piece + part if piece else part
+        return piece
+
+
+def _advise(descriptor: int, position: int, num_bytes: int, advice: str) -> None:
+    """Tell the page cache what comes, where the system has a way to."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, position, num_bytes, getattr(os, advice))
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
@@ -305,6 +325,10 @@ class TensorSource:
     pieces: Callable[[], Iterable[Piece]]
     origin: str
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class FileRecord(FileEntry):
@@ -317,47 +341,66 @@ class FileRecord(FileEntry):
         return FileEntry(self.name, self.bytes, self.sha256)
 
 
-def write_tensors(path: Path, sources: Iterable[TensorSource]) -> FileRecord:
-    """Write a new safetensors file, one source at a time, hashing the bytes that are written.
+class Stopped(Exception):
+    """Writing was given up because something else failed."""
+
+
+def write_tensors(path: Path, sources: Iterable[TensorSource], stop: Event | None = None) -> FileRecord:
+    """Write a new safetensors file, one source at a time, hashing the bytes that are written; it is then on the disk.
 
     The same sources in the same order give the same bytes. Tensors are laid out as they come, except that wider dtypes
     go first, as the safetensors library does: every value is then aligned.
 
+    Args:
+        path: must not exist yet.
+        sources: what to write.
+        stop: looked at before each piece.
+
     Raises:
         UserError: a tensor holds NaN or infinity; the message gives its origin.
+        OSError: the file cannot be written.
+        Stopped: `stop` was set.
     """
     ordered = sorted(sources, key=lambda source: -ITEM_BYTES[source.dtype])
-    header = _make_header(ordered)
+    header = make_header(ordered)
     file_hash, file_bytes = hashlib.sha256(header), len(header)
     tensors: dict[str, TensorDigest] = {}
-    with path.open("xb") as file:
+    # The two hashes are most of the work, so the file's has a thread to itself.
+    with ThreadPoolExecutor(1) as beside, path.open("xb") as file:
         file.write(header)
         for source in ordered:
             tensor_hash, tensor_bytes = hashlib.sha256(), 0
             for piece in source.pieces():
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                hashed = beside.submit(file_hash.update, piece)
                 if not all_finite(piece, source.dtype):
                     raise UserError(f"{source.origin} holds NaN or infinity; use a checkpoint from before it diverged")
                 file.write(piece)
-                file_hash.update(piece)
+                # Starts the transfer to the disk now, so that `fsync` finds little left to wait for.
+                _advise(file.fileno(), file_bytes + tensor_bytes, len(piece), "POSIX_FADV_DONTNEED")
                 tensor_hash.update(piece)
                 tensor_bytes += len(piece)
+                hashed.result()
             digest = TensorDigest(source.dtype, source.shape, tensor_hash.hexdigest())
             assert tensor_bytes == digest.num_bytes, f"{source.origin} gave {tensor_bytes} bytes for {source.shape}"
             tensors[source.name] = digest
             file_bytes += tensor_bytes
+        file.flush()
+        os.fsync(file.fileno())
     return FileRecord(path.name, file_bytes, file_hash.hexdigest(), tensors)
 
 
-def _make_header(sources: list[TensorSource]) -> bytes:
+def make_header(sources: Iterable[TensorSource]) -> bytes:
+    """The first bytes of a file of these tensors, in this order."""
     # transformers reads only files that say which framework wrote them.
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for source in sources:
         assert source.name not in fields, f"{source.name} would be written twice"
-        num_bytes = math.prod(source.shape) * ITEM_BYTES[source.dtype]
-        offsets = [position, position + num_bytes]
+        offsets = [position, position + source.num_bytes]
         fields[source.name] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": offsets}
-        position += num_bytes
+        position += source.num_bytes
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

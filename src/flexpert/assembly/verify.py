@@ -1,18 +1,19 @@
 """Check the files of an assembled model against `assembly.json`: while they are copied, or on their own."""
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 
+from flexpert.assembly.files import FILES_AT_A_TIME
 from flexpert.assembly.record import RECORD_NAME, AssemblyRecord, read_assembly
-from flexpert.assembly.tensors import FileRecord, SafetensorsFile, TensorSource, write_tensors
+from flexpert.assembly.tensors import FileRecord, SafetensorsFile, TensorInfo, TensorSource, make_header, write_tensors
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.errors import UserError
 from flexpert.fields import FileEntry
-from flexpert.records import sha256_file
+from flexpert.records import sha256_file, sha256_hex
 
 
 def verify_model(directory: Path) -> AssemblyRecord:
@@ -23,22 +24,28 @@ def verify_model(directory: Path) -> AssemblyRecord:
     """
     record = read_assembly(directory)
     ModelDirectory.open(directory)
-    for entry in record.files:
-        if sha256_file(directory / entry.name) != entry.sha256:
-            raise _altered(directory / entry.name)
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        found = pool.map(sha256_file, [directory / entry.name for entry in record.files])
+        for entry, sha256 in zip(record.files, found, strict=True):
+            if sha256 != entry.sha256:
+                raise _altered(directory / entry.name)
     return record
 
 
 def copy_file(source: Path, target: Path, name: str) -> FileEntry:
-    """Copy a small file from one directory to another and hash the copy.
+    """Copy a small file from one directory to another and hash what is copied.
 
     Raises:
-        UserError: it is missing, or not a file.
+        UserError: it is missing, not a file, or cannot be read.
     """
     if not (source / name).is_file():
         raise UserError(f"{source / name} does not exist or is not a file; fetch the model again")
-    shutil.copyfile(source / name, target / name)
-    return FileEntry(name, (target / name).stat().st_size, sha256_file(target / name))
+    try:
+        content = (source / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{source / name} cannot be read ({error.strerror}); fetch the model again") from None
+    (target / name).write_bytes(content)
+    return FileEntry(name, len(content), sha256_hex(content))
 
 
 def copy_checked(model: Path, directory: Path, file: FileEntry) -> FileEntry:
@@ -49,38 +56,49 @@ def copy_checked(model: Path, directory: Path, file: FileEntry) -> FileEntry:
     return copy
 
 
-@contextmanager
-def open_checked(path: Path, entry: FileEntry) -> Iterator[tuple[SafetensorsFile, Callable[[str], Iterator[bytes]]]]:
-    """Open a safetensors file whose tensors will all be read, in the order of the file, by the function that comes
-    with it; when the block ends, the file's hash must be the entry's.
+def read_small(model: Path, entry: FileEntry) -> tuple[Mapping[str, TensorInfo], dict[str, bytes]]:
+    """The tensors of a small file, as its header and as bytes.
 
     Raises:
         UserError: the file is missing, malformed or altered.
     """
+    path = model / entry.name
+    with SafetensorsFile.open(path) as file:
+        tensors = {name: b"".join(file.read_pieces(name)) for name in file.tensors}
+    if sha256_hex(b"".join([file.header, *tensors.values()])) != entry.sha256:
+        raise _altered(path)
+    return file.tensors, tensors
+
+
+def copy_tensors(
+    model: Path, directory: Path, entry: FileEntry, new_names: Mapping[str, str], stop: Event | None = None
+) -> FileRecord:
+    """Write a file of the model again, with new names for some of its tensors; `stop` is `write_tensors`'s.
+
+    Raises:
+        UserError: the file is missing, malformed or altered, or holds NaN or infinity.
+    """
+    path = model / entry.name
     with SafetensorsFile.open(path) as file:
         content = hashlib.sha256(file.header)
 
-        def read(name: str) -> Iterator[bytes]:
+        def read_hashed(name: str) -> Iterator[bytes]:
             for piece in file.read_pieces(name):
                 content.update(piece)
                 yield piece
 
-        yield file, read
-        if content.hexdigest() != entry.sha256:
-            raise _altered(path)
+        def sources(read: Callable[[str], Iterator[bytes]]) -> list[TensorSource]:
+            return [
+                TensorSource(new_names.get(name, name), i.dtype, i.shape, partial(read, name), f"{path}: {name!r}")
+                for name, i in file.tensors.items()
+            ]
 
-
-def copy_tensors(model: Path, directory: Path, entry: FileEntry, new_names: Mapping[str, str]) -> FileRecord:
-    """Write a file of the model again, with new names for some of its tensors, as `open_checked` reads it."""
-    path = model / entry.name
-    with open_checked(path, entry) as (file, read):
-        sources = [
-            TensorSource(
-                new_names.get(name, name), info.dtype, info.shape, partial(read, name), f"{path}: the tensor {name!r}"
-            )
-            for name, info in file.tensors.items()
-        ]
-        return write_tensors(directory / entry.name, sources)
+        # Under the same header, the hash of the copy is that of what was read.
+        same = make_header(sources(file.read_pieces)) == file.header
+        copy = write_tensors(directory / entry.name, sources(file.read_pieces if same else read_hashed), stop)
+    if (copy.sha256 if same else content.hexdigest()) != entry.sha256:
+        raise _altered(path)
+    return copy
 
 
 def _altered(path: Path) -> UserError:

@@ -6,10 +6,12 @@ bytes, and the tokenizer; how the tensors are spread over files does not matter,
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexpert.assembly.tensors import TensorDigest, open_model
+from flexpert.assembly.files import FILES_AT_A_TIME
+from flexpert.assembly.tensors import TensorDigest, TensorSet, open_model
 from flexpert.records import canonical_json, read_json, sha256_hex
 
 if TYPE_CHECKING:
@@ -51,19 +53,21 @@ def base_digest(model_dir: Path) -> str:
 
 
 def tensor_digests(model_dir: Path) -> dict[str, TensorDigest]:
-    """Digest every tensor of a Hugging Face directory, in pieces.
+    """Digest every tensor of a Hugging Face directory, in pieces, several at a time.
 
     Raises:
         UserError: weights are missing or malformed, or the index and the shards disagree.
     """
-    digests = {}
-    with open_model(model_dir) as model:
-        for name, info in model.tensors.items():
-            content = hashlib.sha256()
-            for piece in model.read_pieces(name):
-                content.update(piece)
-            digests[name] = TensorDigest(info.dtype, info.shape, content.hexdigest())
-    return digests
+    with open_model(model_dir) as model, ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        digests = pool.map(lambda name: _digest_in_file(model, name), model.tensors)
+        return dict(zip(model.tensors, digests, strict=True))
+
+
+def _digest_in_file(model: TensorSet, name: str) -> TensorDigest:
+    info, content = model.tensors[name], hashlib.sha256()
+    for piece in model.read_pieces(name):
+        content.update(piece)
+    return TensorDigest(info.dtype, info.shape, content.hexdigest())
 
 
 def tokenizer_digest(model_dir: Path) -> str:

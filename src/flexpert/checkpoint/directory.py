@@ -123,11 +123,12 @@ def _check_files(record: AssemblyRecord, config: ModelConfig, path: Path, files:
     for file in set(files.values()) - {path / entry.name for entry in record.files}:
         raise UserError(f"{file} holds weights but is not listed in {RECORD_NAME}; assemble the model again")
     for index, expert in enumerate(record.experts):
+        own = [entry.name for entry in expert.files]
         for layer in range(config.num_layers):
             for projection in PROJECTIONS:
                 name = expert_name(layer, index, projection)
-                if files[name].name != expert.file.name:
+                if files[name].name not in own:
                     raise UserError(
                         f"{path / RECORD_NAME}: the expert {expert.id!r} is number {index}, whose {name} is in "
-                        f"{files[name].name} and not in {expert.file.name}; assemble the model again"
+                        f"{files[name].name} and not in {' or '.join(own)}; assemble the model again"
                     )

@@ -129,12 +129,17 @@ def model_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     fields = {**(OLMO2_DEFAULTS if kind == DENSE else FLEX_OLMO_DEFAULTS), **given}
     # transformers reads the older name first, and the theta in either before the one beside them.
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_scaling or rope_parameters is not an object")
 
     def number(name: str) -> int:
         return require(fields, name, int, where)
 
     def real(name: str, place: Mapping[str, Any] = fields) -> float:
-        return float(place[name]) if type(place.get(name)) is int else require(place, name, float, where)
+        value = place.get(name)
+        if type(value) is int and abs(value) < 1 << 53:
+            return float(value)
+        return require(place, name, float, where)
 
     num_experts = 0 if kind == DENSE else number("num_experts")
     active_experts = number("num_experts_per_tok") if num_experts else 1
@@ -232,6 +237,8 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, wher
     Raises:
         UserError: one is missing, left over, or has another shape.
     """
+    if config.num_layers * max(config.num_experts, 1) > len(found):  # before all their names are spelled out
+        raise UserError(f"{where}: config.json calls for more layers or experts than there are tensors; save it anew")
     expected = model_shapes(config)
     for name, shape in expected.items():
         if name not in found:

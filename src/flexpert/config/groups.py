@@ -15,6 +15,8 @@ from omegaconf import MISSING
 
 from flexpert.errors import UserError
 
+WANDB_MODES = ("off", "offline", "online", "auto")
+
 #: Ids become file names, so they are short enough for every file system.
 EXPERT_ID = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
@@ -220,16 +222,53 @@ class MonitorConfig(Lockable):
     project: str = opt("flexpert", "W&B project")
     entity: str | None = opt(None, "W&B entity (team or user)")
     group: str | None = opt(None, "W&B group; a pipeline sets its own name")
+    profile_steps: list[int] | None = opt(
+        None, "[FIRST,LAST]: trace these steps with PyTorch's profiler into output_dir/profile; null: none"
+    )
+    memory_snapshot: bool = opt(
+        False,
+        "write the history of CUDA memory up to the end of profile_steps, or else of the third step, or up to a "
+        "failure, to output_dir/profile",
+    )
 
     def check(self) -> None:
         check_positive("monitor", self, "log_interval")
-        check_choice("monitor.wandb", self.wandb, ("off", "offline", "online", "auto"))
+        check_choice("monitor.wandb", self.wandb, WANDB_MODES)
+        steps = self.profile_steps
+        require(
+            steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            f"monitor.profile_steps={steps} must be [FIRST,LAST], the first step and the last; steps count from 1",
+        )
 
 
 @dataclass
 class TrainDataConfig(Lockable):
-    dir: str = opt(MISSING, "data set written by `flexpert prepare`", path="data")
+    """Group `data` of training: one data set, or a mixture of several."""
+
+    dir: str = opt("", "data set written by `flexpert prepare`; give this or data.dirs", path="data")
+    dirs: dict[str, str] = opt(
+        {},
+        "data sets to mix: {web:DIR,code:DIR}; the valid split and the router's start are the first one's",
+        path="data",
+    )
+    weights: dict[str, float] = opt({}, "share of each of data.dirs in the sequences: {web:3,code:1}; any scale")
+    max_epochs: dict[str, float] = opt({}, "times that each of data.dirs may be read at most: {code:2}; otherwise 4")
     intra_document_attention: bool = opt(False, "no token attends to another document in its window")
+
+    def __post_init__(self) -> None:
+        if self.dirs and not self.dir:
+            self.dir = next(iter(self.dirs.values()))  # it stands for all where one data set is looked at
+
+    def check(self) -> None:
+        require(self.dir != "", "training needs data.dir=DIR or data.dirs={NAME:DIR,…}")
+        first = next(iter(self.dirs.values()), self.dir)
+        require(self.dir == first, "give either data.dir=DIR or data.dirs={NAME:DIR,…}, not both")
+        for key, values in (("weights", self.weights), ("max_epochs", self.max_epochs)):
+            for name, value in values.items():
+                require(name in self.dirs, f"data.{key}.{name} is of none of data.dirs={[*self.dirs]}")
+                require(0 < value < math.inf, f"data.{key}.{name}={value} must be positive")
+        missing = [f"data.weights.{name}=…" for name in self.dirs if name not in self.weights]
+        require(not missing, f"data.dirs needs {', '.join(missing)}: the share of each data set")
 
 
 @dataclass
@@ -324,13 +363,47 @@ class RouterConfig(Lockable):
 class PrepareDataConfig(Lockable):
     """Group `data` of `prepare`: where documents come from."""
 
-    documents: str = opt(MISSING, "glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or text files, or demo:NAME")
+    documents: str | None = opt(None, "glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or text files, or demo:NAME")
     text_field: str = opt("text", "field of a JSON line or parquet row that holds the text")
+    prompt_field: str | None = opt(
+        None, "field with what comes before the text as context only: it is put before it, and carries no loss"
+    )
+    on_bad_document: str = opt(
+        "fail", "what a line or row without text does: fail, or skip: it is left out and counted"
+    )
+    deduplicate: bool = opt(
+        False, "keep the first of equal texts; a 16-byte hash of each text is held, 100 bytes of memory a document"
+    )
+    exclude: list[str] = opt([], "data sets whose held-out documents are kept out of the train split", path="data")
+    tokens: str | None = opt(
+        None, "instead of data.documents, existing token files, used where they are: glob of raw .npy or Megatron files"
+    )
+    valid_tokens: str | None = opt(None, "the held-out ones of such files; null: all are for training")
+    token_dtype: str | None = opt(None, "type of the ids in raw files without a header: uint16, uint32, int32 or int64")
     license: str | None = opt(None, "licence of the text, as an SPDX expression; kept in the manifest")
     answer_marker: str | None = opt(None, "text before the final answer of a document; evaluation scores what follows")
 
     def check(self) -> None:
         check_license("data.license", self.license)
+        check_choice("data.on_bad_document", self.on_bad_document, ("fail", "skip"))
+        if self.token_dtype is not None:
+            check_choice("data.token_dtype", self.token_dtype, ("uint16", "uint32", "int32", "int64"))
+        for key in ("valid_tokens", "token_dtype"):
+            require(getattr(self, key) is None or self.tokens is not None, f"data.{key} goes with data.tokens=GLOB")
+        if self.tokens is not None:
+            for key in ("prompt_field", "deduplicate", "exclude"):
+                value = getattr(self, key)
+                require(not value, f"data.{key}={value} needs text: it does not go with data.tokens")
+
+
+@dataclass
+class PrepareParallelConfig(Lockable):
+    num_workers: int | None = opt(
+        None, "processes that tokenise; null: a process per core that may be used; 0 or 1: none beside this one"
+    )
+
+    def check(self) -> None:
+        check_not_negative("parallel", self, "num_workers")
 
 
 @dataclass

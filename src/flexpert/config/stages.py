@@ -1,11 +1,13 @@
 """The schema of each stage's config: what `conf/STAGE.yaml` may hold."""
 
+import re
 from dataclasses import dataclass
 
 from omegaconf import MISSING
 
 from flexpert.config.groups import (
     EXPERT_ID,
+    WANDB_MODES,
     BaselinesConfig,
     CheckpointConfig,
     EvaluateDataConfig,
@@ -17,6 +19,7 @@ from flexpert.config.groups import (
     ParallelConfig,
     PipelineGraphConfig,
     PrepareDataConfig,
+    PrepareParallelConfig,
     RouterConfig,
     TrainConfig,
     TrainDataConfig,
@@ -139,34 +142,71 @@ class PrepareConfig(Lockable):
     )
     train_tokenizer: TrainTokenizerConfig = opt(TrainTokenizerConfig, "")
     valid_fraction: float = opt(0.01, "share of the documents held out, chosen by a hash of the text")
-    valid_documents: int | None = opt(None, "at most this many held-out documents are kept; the others are dropped")
+    valid_documents: int | None = opt(
+        None, "at most this many held-out documents are kept (of each shard); the others are dropped"
+    )
+    shard: str | None = opt(None, "i/n: only the i-th (from 0) of n parts of the files; each part may run elsewhere")
+    merge: bool = opt(False, "make one data set of the shards in output_dir, where they are; needs no other key")
+    parallel: PrepareParallelConfig = opt(PrepareParallelConfig, "")
     seed: int = opt(0, "seed of demo:NAME")
     output_dir: str = opt(MISSING, "where the stage writes")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(i, n) of `shard`; (0, 1) without."""
+        part, _, num_parts = (self.shard or "0/1").partition("/")
+        return int(part), int(num_parts)
 
     def check(self) -> None:
         check_seed(self.seed)
         check_not_negative("", self, "valid_documents")
         require(0 <= self.valid_fraction < 1, f"valid_fraction={self.valid_fraction} must be in [0, 1)")
+        if self.shard is not None:
+            matched = re.fullmatch(r"\d+/\d+", self.shard) is not None
+            require(matched and self.part[0] < self.part[1], f"shard={self.shard} must be i/n with 0 ≤ i < n")
+        if self.merge:
+            require(self.shard is None, "merge=true is of all shards: leave out shard")
+            return
+        has_documents, has_tokens = self.data.documents is not None, self.data.tokens is not None
+        require(has_documents != has_tokens, "prepare needs data.documents=… or data.tokens=…, one of them")
         require(
             (self.tokenizer is None) != (self.train_tokenizer.vocab_size is None),
             "give either tokenizer=DIR or train_tokenizer.vocab_size=N",
         )
+        if self.shard is not None:
+            require(has_documents, "shard deals out data.documents: leave it out with data.tokens")
+        if self.shard is not None or has_tokens:
+            require(self.tokenizer is not None, "shards and token files need tokenizer=DIR: a tokenizer that is there")
 
 
 @dataclass
 class AssembleConfig(Lockable):
     """`flexpert assemble`: public model and contributions to one mixture, with no training."""
 
-    base: str = opt(MISSING, "the public model that every contribution was trained against", path="model")
+    base: str | None = opt(
+        None,
+        "the public model that every contribution was trained against; give exactly one of this and model",
+        path="model",
+    )
+    model: str | None = opt(None, "an assembled model, to which the contributions are added", path="model")
     contributions: list[str] = opt(
         MISSING, "contribution directories; their order is the experts' order", path="contribution"
     )
-    active_experts: int | None = opt(None, "experts that run for each token; null: all")
+    replace: bool = opt(False, "with model: a contribution takes the place of the expert that has its id")
+    active_experts: int | None = opt(
+        None, "experts that run for each token; null: all, or as many as model's where it does not use all"
+    )
+    max_file_bytes: int = opt(5 << 30, "weights in one file; the trunk and each expert are split where they are larger")
     output_dir: str = opt(MISSING, "where the assembled model goes")
 
     def check(self) -> None:
+        require(
+            (self.base is None) != (self.model is None),
+            "give either base=DIR, the public model, or model=DIR, an assembled model to add to",
+        )
+        require(not self.replace or self.model is not None, "replace=true needs model=DIR, whose experts are replaced")
         require(len(self.contributions) > 0, "contributions=[DIR,…] names no contribution")
-        check_positive("", self, "active_experts")
+        check_positive("", self, "active_experts", "max_file_bytes")
 
 
 @dataclass
@@ -209,14 +249,19 @@ class EvaluateConfig(Lockable):
 
 @dataclass
 class GenerateConfig(Lockable):
-    """`flexpert generate`: continue a prompt."""
+    """`flexpert generate`: continue one prompt, or many in batches."""
 
     model: str = opt(MISSING, "model directory, dense or assembled", path="model")
     prompt: str = opt("-", "text to continue; -: read standard input", literal=True)
     prompt_file: str | None = opt(None, "read the prompt from this file instead")
+    prompts_file: str | None = opt(
+        None,
+        'many prompts instead: lines {"prompt": TEXT}; prints a line {"prompt": TEXT, "text": CONTINUATION} for each',
+    )
+    batch_size: int = opt(8, "prompts of prompts_file that run at a time; no prompt's text depends on it")
     exclude: list[str] = opt([], "experts to leave out; as if removed")
     active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
-    max_new_tokens: int = opt(64, "longest continuation, tokens")
+    max_new_tokens: int = opt(64, "longest continuation, tokens; ends sooner where the model's context is full")
     temperature: float = opt(0.0, "0: greedy; otherwise sample from softmax(logits / temperature)")
     top_k: int | None = opt(None, "sample from this many likeliest tokens")
     top_p: float = opt(1.0, "sample from the likeliest tokens that hold this much probability")
@@ -225,7 +270,9 @@ class GenerateConfig(Lockable):
     parallel: ParallelConfig = opt(ParallelConfig, "")
 
     def check(self) -> None:
-        check_positive("", self, "active_experts", "max_new_tokens", "top_k")
+        check_positive("", self, "batch_size", "active_experts", "max_new_tokens", "top_k")
+        given = [self.prompt != "-", self.prompt_file is not None, self.prompts_file is not None]
+        require(sum(given) <= 1, "give one of prompt, prompt_file and prompts_file")
         check_not_negative("", self, "temperature")
         check_seed(self.seed)
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
@@ -233,10 +280,23 @@ class GenerateConfig(Lockable):
 
 @dataclass
 class ReportConfig(Lockable):
-    """`flexpert report`: one self-contained page about a pipeline's run."""
+    """`flexpert report`: one self-contained page about a pipeline's run, or about several side by side."""
 
-    run: str = opt(MISSING, "run directory of a pipeline", path="run")
+    run: str | None = opt(None, "run directory of a pipeline; give exactly one of this and runs", path="run")
+    runs: list[str] = opt([], "two to eight run directories to compare; needs output", path="run")
     output: str | None = opt(None, "HTML file to write; null: report.html in the run directory")
+    wandb: str | None = opt(
+        None, "off, offline, online or auto: W&B is told the results of run; null: as the pipeline's monitor.wandb"
+    )
+
+    def check(self) -> None:
+        require((self.run is None) != (not self.runs), "report needs run=DIR, or runs=[DIR,DIR,…] to compare several")
+        if self.wandb is not None:
+            check_choice("wandb", self.wandb, WANDB_MODES)
+        if self.runs:
+            require(1 < len(self.runs) <= 8, f"runs={self.runs} must be two to eight directories")
+            require(self.output is not None, "runs=[DIR,DIR,…] needs output=FILE: no run's directory is theirs all")
+            require(self.wandb is None, f"wandb={self.wandb} is for one run; give run=DIR")
 
 
 @dataclass

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexpert.assembly.files import new_directory
 from flexpert.assembly.tensors import Piece, TensorSource, write_tensors
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
 from flexpert.checkpoint.layout import STORED_DTYPES, Architecture
-from flexpert.checkpoint.store import atomic_directory
 from flexpert.contribution.record import (
     CONTRIBUTION_KIND,
     RECORD_NAME,
@@ -50,7 +50,7 @@ def pack(
         `output`.
 
     Raises:
-        UserError: the id is invalid, `output` exists, or a tensor holds NaN or infinity.
+        UserError: the id is invalid, `output` exists, a tensor holds NaN or infinity, or the disk is full.
     """
     check_identity(identity, output)
     shapes = expert_shapes(architecture, router["bias"])
@@ -68,7 +68,7 @@ def pack(
     def source(name: str) -> TensorSource:
         return TensorSource(name, dtype, shapes[name], lambda: pieces(name), f"the expert {identity.id}: {name}")
 
-    with atomic_directory(output) as directory:
+    with new_directory(output) as directory:
         file = write_tensors(directory / TENSORS_NAME, map(source, shapes))
         contribution = Contribution(
             output, identity, base_digest, architecture, dtype, router, training, (file.entry,), file.tensors

@@ -4,6 +4,7 @@
 D hidden size, F FFN width.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from flexpert.records import canonical_json, sha256_hex
 CONTRIBUTION_KIND = "flexpert.contribution"
 RECORD_NAME = "contribution.json"
 TENSORS_NAME = "expert.safetensors"
+
+#: How the names of the files of a large expert end; as ids, they could name another expert's file.
+PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}$")
 
 #: The id of the public model's own FFN in an assembled model.
 PUBLIC_ID = "public"
@@ -50,6 +54,8 @@ def check_identity(identity: ExpertIdentity, where: Path | str) -> None:
             f"{where}: the expert id {identity.id!r} is invalid; use a-z, 0-9 and '-', a letter first, "
             "at most 64 characters"
         )
+    if PART_OF_SEVERAL.search(identity.id):
+        raise UserError(f"{where}: the expert id {identity.id!r} ends as a part of a large file; choose another id")
     if identity.id == PUBLIC_ID:
         raise UserError(f"{where}: the expert id {PUBLIC_ID!r} is reserved for the public model; choose another id")
     for name, text in (("title", identity.title), ("license", identity.license or "")):
