@@ -17,6 +17,7 @@ from flexpert.errors import UserError
 from flexpert.monitor.jsonl import read_metrics
 from flexpert.train.expert import build_job, mixed_windows
 from flexpert.train.loop import Trainer
+from flexpert.train.optimizer import project_biases
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -245,3 +246,34 @@ def test_calibration_moves_the_row_and_bias_alone(expert_overrides: list[str], t
         if not name.endswith("router.bias"):  # stored as it acts: one that would be positive is 0 before and after
             assert torch.equal(value, calibrated[name]) == (".router." not in name), name
     assert [row["step"] for row in read_metrics(tmp_path / "calibrated/calibration/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_bias_that_a_step_carried_above_zero_comes_back(expert_overrides: list[str], tmp_path: Path) -> None:
+    trainer = expert_trainer([*expert_overrides, "router.bias=true"], tmp_path / "run")
+    biases = [p for name, p in trainer.model.named_parameters() if name.endswith("router.bias.1")]
+    assert all(bias.item() == 0 for bias in biases), "where the paper's start leaves it"
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.1
+    for wanted in (1.0, -1.0):  # first every gradient pulls the biases up, then down
+        for _ in range(20):
+            for bias in biases:
+                assert bias.requires_grad
+                bias.grad = torch.full_like(bias, -wanted)
+            trainer.optimizer.step()
+            project_biases(trainer.model)
+    assert all(bias.item() < -0.1 for bias in biases)
+
+
+def test_the_training_loop_keeps_biases_where_they_act(expert_overrides: list[str], tmp_path: Path) -> None:
+    trainer = expert_trainer([*expert_overrides, "router.bias=true"], tmp_path / "run", "optim.router_lr=0.5")
+    for _ in range(4):
+        trainer.optimizer_step()
+        biases = {n: p.item() for n, p in trainer.model.named_parameters() if n.endswith("router.bias.1")}
+        assert biases and all(value <= 0 for value in biases.values())
+
+
+def test_private_text_is_not_taken_for_public(expert_overrides: list[str], road: Path, tmp_path: Path) -> None:
+    same = f"public_data={road}/data/letters"
+    with pytest.raises(UserError, match=r"is the data set of data\.dir: give public text"):
+        train("expert", *expert_overrides, same, f"output_dir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()

@@ -79,22 +79,36 @@ def read_manifest(directory: Path) -> DataManifest:
 class TokenWindows:
     """One split of a data set as sequences of `sequence_length` tokens.
 
+    Where a data set has several files, the sequences of one follow those of another, and none lies across two.
+
+    Args:
+        directory: the data set.
+        split: train or valid.
+        sequence_length: tokens of a sequence.
+        seed: of their order.
+        loss_mask: whether to mark the tokens that carry no loss, where the data set has such; see `sequences`.
+
     Raises:
         UserError: the split holds fewer tokens than one sequence needs.
     """
 
-    def __init__(self, directory: Path, split: str, sequence_length: int, seed: int) -> None:
+    def __init__(self, directory: Path, split: str, sequence_length: int, seed: int, loss_mask: bool = False) -> None:
+        self.directory, self.length, self.seed, self.loss_mask = directory, sequence_length, seed, loss_mask
         self.source = IndexedTokens(directory / split)
-        self.length, self.seed = sequence_length, seed
-        self.num_sequences = (len(self.source.tokens) - 1) // sequence_length
+        sizes = [max(0, len(part.tokens) - 1) // sequence_length for part in self.source.parts]
+        self.first_sequences = np.cumsum([0, *sizes])
+        self.num_sequences = int(self.first_sequences[-1])
         if self.num_sequences < 1:
             raise UserError(
-                f"{directory / split}.bin holds {len(self.source.tokens)} tokens, fewer than one sequence of "
+                f"{directory / split}.bin holds {self.source.num_tokens} tokens, fewer than one sequence of "
                 f"train.sequence_length={sequence_length} needs"
             )
 
     def sequences(self, start: int, count: int) -> Tensor:
-        """Sequences at positions [start, start+count) of the endless stream of epochs: int64 [count, length+1]."""
+        """Sequences at positions [start, start+count) of the endless stream of epochs: int64 [count, length+1].
+
+        A token t that carries no loss as a target is given as ~t, which is negative; `targets_of` takes them apart.
+        """
         positions = np.arange(start, start + count, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_sequences)
         rows = np.empty((count, self.length + 1), np.int64)
@@ -102,30 +116,24 @@ class TokenWindows:
             chosen = np.flatnonzero(epochs == epoch)
             indices = permuted(offsets[chosen], self.num_sequences, self.seed, int(epoch))
             for row, index in zip(chosen, indices, strict=True):
-                rows[row] = self.source.tokens[index * self.length : (index + 1) * self.length + 1]
+                rows[row] = self.sequence(int(index))
         return torch.from_numpy(rows)
 
+    def sequence(self, index: int) -> NDArray[np.int64]:
+        """Sequence `index` of the split in the order of its files."""
+        number = int(np.searchsorted(self.first_sequences, index, "right")) - 1
+        part, place = self.source.parts[number], index - int(self.first_sequences[number])
+        window = slice(place * self.length, (place + 1) * self.length + 1)
+        tokens = part.tokens[window].astype(np.int64)
+        if self.loss_mask and part.mask is not None:
+            tokens = np.where(part.mask[window] == 0, ~tokens, tokens)
+        return tokens
 
-class MixedWindows:
-    """Sequences of two sources, each in its own order, the second's evenly spread among the first's.
 
-    Of the first i positions, floor(i · share) come from `second`: which is a function of the position alone.
-    """
-
-    def __init__(self, first: TokenWindows, second: TokenWindows, share: float) -> None:
-        assert first.length == second.length
-        self.first, self.second, self.share, self.length = first, second, share, first.length
-
-    def sequences(self, start: int, count: int) -> Tensor:
-        """As `TokenWindows.sequences`."""
-        before = np.floor(np.arange(start, start + count + 1) * self.share).astype(np.int64)
-        from_second = torch.from_numpy(np.diff(before) == 1)
-        taken = int(before[0])
-        num_second = int(from_second.sum())
-        rows = torch.empty(count, self.length + 1, dtype=torch.long)
-        rows[from_second] = self.second.sequences(taken, num_second)
-        rows[~from_second] = self.first.sequences(start - taken, count - num_second)
-        return rows
+def targets_of(sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, S] of sequences [B, S+1]; a target that carries no loss is negative."""
+    tokens_BS = sequences[:, :-1]
+    return torch.where(tokens_BS < 0, ~tokens_BS, tokens_BS), sequences[:, 1:]
 
 
 def document_ids(tokens_BS: Tensor, eos_id: int) -> Tensor:

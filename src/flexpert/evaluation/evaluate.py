@@ -13,6 +13,7 @@ from flexpert.checkpoint.digest import tokenizer_digest
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import experts_of, load_model
 from flexpert.config.stages import EvaluateConfig
+from flexpert.data.hashes import overlap_notes
 from flexpert.errors import UserError
 from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
@@ -63,6 +64,8 @@ def run(config: EvaluateConfig, resolved: str) -> None:
         load_set(name, Path(path), config.data.split, config.data.max_documents)
         for name, path in config.data.dirs.items()
     ]
+    for note in overlap_notes({name: Path(path) for name, path in config.data.dirs.items()}, config.data.split):
+        print(f"note: {note}", flush=True)
     model = ModelDirectory.open(Path(config.model))
     check_data(model, sets)
     check_vocabulary("model", model, sets)

@@ -4,6 +4,7 @@ A callback's `after_step` may add to the step's row of metrics; callbacks run in
 """
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import torch
 from flexpert.checkpoint import distributed
 from flexpert.config.groups import MonitorConfig
 from flexpert.data.dataset import TokenWindows
+from flexpert.model.flops import flops_per_token
+from flexpert.monitor.devices import peak_flops
 from flexpert.monitor.jsonl import MetricsLog
 from flexpert.monitor.progress import TrainingProgress
 from flexpert.monitor.wandb import WandbRun, wandb_mode
@@ -19,6 +22,9 @@ from flexpert.stage import comparable
 
 if TYPE_CHECKING:
     from flexpert.train.loop import Trainer
+
+#: Allocations and frees that a memory snapshot holds, the newest: enough for some steps of a large model.
+MEMORY_EVENTS = 1_000_000
 
 
 class Callback:
@@ -42,13 +48,28 @@ class ValidLoss(Callback):
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         if trainer.step % self.interval and trainer.step != trainer.num_steps:
             return
-        total = 0.0
+        total, num_targets = 0.0, 0
         size = trainer.config.train.microbatch_sequences
         with torch.no_grad():
             for start in range(0, self.num_sequences, size):
                 sequences = self.windows.sequences(start, min(size, self.num_sequences - start))
                 total += trainer.losses(sequences).nll.item()
-        row["valid_loss"] = total / (self.num_sequences * self.windows.length)
+                num_targets += int((sequences[:, 1:] >= 0).sum())  # a negative id marks one that is not predicted
+        row["valid_loss"] = total / max(1, num_targets)
+
+
+class Utilisation(Callback):
+    """Model FLOPs utilisation: the operations that a step needs, as a share of what the device could do meanwhile.
+
+    None where the device's peak is not known.
+    """
+
+    def before_run(self, trainer: "Trainer") -> None:
+        self.flops_per_token = flops_per_token(trainer.model, trainer.config.train.sequence_length).total
+        self.peak = peak_flops(trainer.device)
+
+    def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
+        row["mfu"] = None if self.peak is None else row["tokens_per_second"] * self.flops_per_token / self.peak
 
 
 class Records(Callback):
@@ -66,7 +87,7 @@ class Records(Callback):
         self.progress = TrainingProgress(title, trainer.step, trainer.num_steps, self.config.log_interval)
 
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        finite = {key: v if v is not None and math.isfinite(v) else None for key, v in row.items()}
         self.log.write(finite)
         if self.wandb is not None:
             self.wandb.log(finite)
@@ -90,3 +111,95 @@ class Checkpoints(Callback):
             extra = {"skipped_steps": trainer.skipped_steps, "inputs": trainer.inputs}
             distributed.save(self.directory, trainer.step, trainer.model, trainer.optimizer, extra)
             distributed.retain(self.directory, self.keep)
+
+
+class Profile(Callback):
+    """A Chrome trace of some steps, each under its number and with what the callbacks before this one do.
+
+    Open it in https://ui.perfetto.dev or chrome://tracing.
+    """
+
+    def __init__(self, directory: Path, steps: tuple[int, int]) -> None:
+        self.directory, self.steps = directory, steps
+        self.profiler: torch.profiler.profile | None = None
+        self.region = ExitStack()  # what marks the step
+
+    def before_run(self, trainer: "Trainer") -> None:
+        first, last = self.steps
+        if not trainer.step < first <= trainer.num_steps:
+            steps = f"steps {trainer.step + 1} to {trainer.num_steps}"
+            print(f"note: monitor.profile_steps=[{first},{last}] is not traced: this run makes {steps}", flush=True)
+        self.begin(trainer.step + 1, trainer.num_steps)
+
+    def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
+        self.region.close()
+        if trainer.step == self.steps[1]:
+            self.write(trainer.step)
+        self.begin(trainer.step + 1, trainer.num_steps)
+
+    def after_run(self, trainer: "Trainer", failed: bool) -> None:
+        self.region.close()
+        self.write(trainer.step)  # where the run ends within the window
+
+    def begin(self, step: int, num_steps: int) -> None:
+        if step > num_steps:
+            return
+        if step == self.steps[0]:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        if self.profiler is not None:
+            self.region.enter_context(torch.profiler.record_function(f"step {step}"))
+
+    def write(self, step: int) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.directory.mkdir(exist_ok=True)
+            path = self.directory / f"steps-{self.steps[0]}-{step}.json.gz"
+            self.profiler.export_chrome_trace(str(path))
+            self.profiler = None
+            print(f"profile in {path}", flush=True)
+
+
+class MemorySnapshot(Callback):
+    """The history of CUDA memory until after step `last_step`, or until the run fails, as for want of memory.
+
+    Open it in https://pytorch.org/memory_viz.
+    """
+
+    def __init__(self, directory: Path, last_step: int) -> None:
+        self.directory, self.last_step = directory, last_step
+        self.recording = False
+
+    def before_run(self, trainer: "Trainer") -> None:
+        if trainer.device.type != "cuda":
+            print("note: monitor.memory_snapshot needs CUDA: nothing is recorded", flush=True)
+            return
+        torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        self.recording = True
+
+    def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
+        if trainer.step >= self.last_step:
+            self.write()
+
+    def after_run(self, trainer: "Trainer", failed: bool) -> None:
+        self.write()
+
+    def write(self) -> None:
+        if self.recording:
+            self.recording = False
+            self.directory.mkdir(exist_ok=True)
+            path = self.directory / "memory.pickle"
+            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+            torch.cuda.memory._record_memory_history(enabled=None)
+            print(f"memory snapshot in {path}", flush=True)
+
+
+def diagnostics(config: MonitorConfig, output: Path) -> list[Callback]:
+    """What the group `monitor` asks for beside the records."""
+    callbacks: list[Callback] = []
+    steps = config.profile_steps
+    if config.memory_snapshot:
+        callbacks.append(MemorySnapshot(output / "profile", steps[1] if steps is not None else 3))
+    if steps is not None:
+        callbacks.append(Profile(output / "profile", (steps[0], steps[1])))
+    return callbacks

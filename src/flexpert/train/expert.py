@@ -5,6 +5,7 @@ construction (no gradient, no optimiser state, no copy in another type), the own
 experts run on every token; the router sets only the mixture.
 """
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import ExpertConfig
 from flexpert.contribution.pack import pack
 from flexpert.contribution.record import ExpertIdentity, check_identity
-from flexpert.data.dataset import MixedWindows, TokenWindows, read_manifest
+from flexpert.data.dataset import TokenWindows, read_manifest
 from flexpert.data.embed import RouterStart, router_start
+from flexpert.data.mixture import MixedWindows, training_windows
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
 from flexpert.stage import check_directory, claim_directory, set_up_process
@@ -58,6 +60,8 @@ def run(config: ExpertConfig, resolved: str) -> None:
     inputs = {"base": base_digest(base.path)}
     if config.public_data is not None:
         public = read_manifest(Path(config.public_data))
+        if public.digest == manifest.digest:
+            raise UserError(f"public_data={config.public_data} is the data set of data.dir: give public text")
         check_tokenizer(base.path, public)
         inputs["public_data"] = public.digest
     windows = mixed_windows(config, config.public_share)
@@ -99,11 +103,13 @@ def mixed_windows(config: ExpertConfig, public_share: float) -> TokenWindows | M
     Trained on own text only, a row learns to claim everything, and the FFN to harm what it claims. Public text among
     the owner's needs nobody else's data and takes most of that away.
     """
-    own = TokenWindows(Path(config.data.dir), "train", config.train.sequence_length, config.seed)
+    steps = max(config.train.num_steps, config.router.calibration_steps)
+    num_own = math.ceil(steps * config.train.batch_sequences * (1 - public_share))
+    own = training_windows(config.data, config.train.sequence_length, config.seed, num_own)
     if not public_share:
         return own
     assert config.public_data is not None
-    public = TokenWindows(Path(config.public_data), "train", config.train.sequence_length, config.seed)
+    public = TokenWindows(Path(config.public_data), "train", config.train.sequence_length, config.seed, loss_mask=True)
     return MixedWindows(own, public, public_share)
 
 
@@ -159,7 +165,7 @@ def set_rows(model: Transformer, start: RouterStart) -> None:
 
 
 def expert_tensors(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The trained part under a contribution's names, in the base's type. A bias is stored as it acts, at most 0."""
+    """The trained part under a contribution's names, in the base's type."""
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     for layer in range(model.config.num_layers):
@@ -171,5 +177,5 @@ def expert_tensors(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors[f"layers.{layer}.down_proj.weight"] = parameters[f"{group}.down"][0]
         tensors[f"layers.{layer}.router.weight"] = parameters[f"{router}.weight.1"][0]
         if model.config.router_bias:
-            tensors[f"layers.{layer}.router.bias"] = parameters[f"{router}.bias.1"].clamp(max=0)
+            tensors[f"layers.{layer}.router.bias"] = parameters[f"{router}.bias.1"]
     return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from flexpert.checkpoint import distributed
 from flexpert.config.stages import TrainingStage
-from flexpert.data.dataset import DataManifest, MixedWindows, TokenWindows, document_ids
+from flexpert.data.dataset import DataManifest, TokenWindows, document_ids, targets_of
+from flexpert.data.mixture import MixedWindows, mixture_digests, training_windows
 from flexpert.errors import UserError
 from flexpert.lock import exclusive
-from flexpert.model.loss import chunked_nll, router_z_sum
+from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
-from flexpert.train.callbacks import Callback, Checkpoints, Records, ValidLoss
-from flexpert.train.optimizer import build_optimizer, set_learning_rate
+from flexpert.train.callbacks import Callback, Checkpoints, Records, Utilisation, ValidLoss, diagnostics
+from flexpert.train.optimizer import build_optimizer, project_biases, set_learning_rate
 
 #: Steps in a row without a finite loss and gradient after which a run stops.
 MAX_SKIPPED = 20
@@ -67,17 +68,21 @@ class Trainer:
         self.num_steps = config.train.num_steps
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.optimizer = build_optimizer(model, config.optim)
-        self.windows = windows or TokenWindows(manifest.directory, "train", config.train.sequence_length, config.seed)
-        self.inputs = {"data": manifest.digest, **(inputs or {})}
+        num_sequences = self.num_steps * config.train.batch_sequences
+        self.windows = windows or training_windows(
+            config.data, config.train.sequence_length, config.seed, num_sequences
+        )
+        self.inputs = {"data": manifest.digest, **mixture_digests(config.data), **(inputs or {})}
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
         if config.train.evaluation_interval is not None:
             valid = TokenWindows(manifest.directory, "valid", config.train.sequence_length, config.seed)
             sequences = config.train.evaluation_sequences
             self.callbacks.append(ValidLoss(valid, config.train.evaluation_interval, sequences))
-        self.callbacks.append(Records(stage, self.output, config.monitor, resolved))
+        self.callbacks += [Utilisation(), Records(stage, self.output, config.monitor, resolved)]
         if config.checkpoint.interval is not None:
             self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint.interval, config.checkpoint.keep))
+        self.callbacks += diagnostics(config.monitor, self.output)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint, if there is one.
@@ -118,7 +123,10 @@ class Trainer:
     def losses(self, sequences: Tensor) -> Losses:
         """Loss sums of [B, S+1] sequences."""
         sequences = sequences.to(self.device, non_blocking=True)
-        tokens_BS, targets_BS = sequences[:, :-1], sequences[:, 1:]
+        tokens_BS, targets_BS = targets_of(sequences)
+        targets_T = targets_BS.flatten()
+        counts_T = targets_T >= 0
+        targets_T = targets_T.masked_fill(~counts_T, IGNORE)
         ids = document_ids(tokens_BS, self.manifest.eos_id) if self.config.data.intra_document_attention else None
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.device.type == "cuda":
@@ -127,9 +135,9 @@ class Trainer:
             hidden = self.model(tokens_BS, document_ids_BS=ids)
             stream_TD = hidden.stream_BSD.flatten(0, 1)
             chunk = self.config.train.loss_chunk_tokens
-            nll_T, lse_T = chunked_nll(stream_TD, self.model.head.weight, targets_BS.flatten(), chunk)
-        router_z = router_z_sum(hidden.routings) if hidden.routings else nll_T.new_zeros(())
-        return Losses(nll_T.sum(), lse_T.square().sum(), router_z)
+            nll_T, lse_T = chunked_nll(stream_TD, self.model.head.weight, targets_T, chunk)
+        router_z = router_z_sum(hidden.routings, counts_T) if hidden.routings else nll_T.new_zeros(())
+        return Losses(nll_T.sum(), (lse_T.square() * counts_T).sum(), router_z)
 
     def optimizer_step(self) -> dict[str, Any]:
         """One update over `train.batch_tokens` tokens; returns its row of metrics."""
@@ -137,11 +145,12 @@ class Trainer:
         config, train = self.config, self.config.train
         lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
         sequences = self.windows.sequences(self.step * train.batch_sequences, train.batch_sequences)
+        num_targets = max(1, int((sequences[:, 1:] >= 0).sum()))
         sums = torch.zeros(3, device=self.device)
         for start in range(0, len(sequences), train.microbatch_sequences):
             losses = self.losses(sequences[start : start + train.microbatch_sequences])
             total = losses.nll + train.z_loss * losses.z + train.router_z_loss * losses.router_z
-            torch.autograd.backward(total / train.batch_tokens)
+            torch.autograd.backward(total / num_targets)
             sums += torch.stack([part.detach() for part in losses])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         max_norm = config.optim.grad_clip if config.optim.grad_clip is not None else float("inf")
@@ -149,6 +158,7 @@ class Trainer:
         finite = bool(torch.isfinite(sums).all() and torch.isfinite(grad_norm))
         if finite:
             self.optimizer.step()
+            project_biases(self.model)
             self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
@@ -161,7 +171,7 @@ class Trainer:
                 f"lower optim.lr (now {config.optim.lr}) or look at the data"
             )
         self.step += 1
-        nll, z, router_z = (sums / train.batch_tokens).tolist()
+        nll, z, router_z = (sums / num_targets).tolist()
         seconds = time.perf_counter() - started
         return {
             "step": self.step,

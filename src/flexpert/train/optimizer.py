@@ -33,3 +33,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, ste
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return config.lr * factor
+
+
+@torch.no_grad()
+def project_biases(model: Transformer) -> None:
+    """Bring trained router biases back to at most 0, where they act.
+
+    The router takes min(b, 0), whose gradient above 0 is 0: a bias that a step carried there would never come back.
+    """
+    for name, parameter in model.named_parameters():
+        if ".router.bias." in name and parameter.requires_grad:
+            parameter.clamp_(max=0)
