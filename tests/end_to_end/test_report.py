@@ -330,3 +330,73 @@ def test_output_can_be_another_file(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").is_file() and not (path / "report.html").exists()
     with pytest.raises(UserError, match="cannot be written"):
         run(*compose("report", [f"run={path}", f"output={tmp_path / 'no/page.html'}"]))
+
+
+def compared(paths: list[Path], output: Path) -> str:
+    run(*compose("report", [f"runs=[{','.join(map(str, paths))}]", f"output={output}"]))
+    return output.read_text(encoding="utf-8")
+
+
+def test_several_runs_stand_side_by_side(browser: webdriver.Chrome, complete: Path, tmp_path: Path) -> None:
+    """The second has another model, one expert less, and one domain with other held-out text."""
+    second = shutil.copytree(complete, tmp_path / "second")
+    content = evaluation()
+    for domain in DOMAINS:
+        content["methods"]["model"]["domains"][domain]["bits_per_byte"] -= 0.1
+    for part in (content["domains"], *(method["domains"] for method in content["methods"].values())):
+        del part["records"]
+    content["domains"]["news"]["bytes"] += 1
+    write_record(second / "evaluation/evaluation.json", "flexpert.evaluation", content)
+    shutil.rmtree(second / "dense/code")
+    before = [(path / "report.html").read_bytes() for path in (complete, second)]
+    compared([complete, second], tmp_path / "page.html")
+    assert [(path / "report.html").read_bytes() for path in (complete, second)] == before
+
+    log(browser, "performance")
+    browser.get((tmp_path / "page.html").as_uri())
+    assert [request for request in requests(browser) if not request.startswith("data:")] == [browser.current_url]
+    assert log(browser, "browser") == [] and browser.title == "A demo, B demo · Flexpert runs"
+    sections = [part.get_attribute("id") for part in browser.find_elements(By.TAG_NAME, "section")]
+    assert sections == ["runs", "methods", "losses"]
+    titles = [part.text for part in browser.find_elements(By.CSS_SELECTOR, "#methods h4")]
+    assert titles == ["private mean", "mean", *DOMAINS]
+    tables = {title: cells(browser, f"bits{place}") for place, title in enumerate(titles)}
+    assert list(tables["mean"]) == ["public", "soup", "btm", "model", "active 1", "active 2"]
+    assert tables["math"]["model"] == ["0.394", "0.294"] and tables["math"]["btm"] == ["0.341", "0.341"]
+    assert tables["records"]["model"] == ["0.431", "–"]
+    bits = BITS["model"][:5]
+    assert tables["mean"]["model"] == [f"{sum(bits) / 5:.3f}", f"{sum(bits) / 5 - 0.1:.3f}"]
+    bold = browser.find_elements(By.CSS_SELECTOR, "#methods strong")
+    assert [part.text for part in bold] == [tables[title]["model"][1] for title in titles if title != "records"]
+    note = browser.find_element(By.CSS_SELECTOR, "#methods .note").text
+    assert "Not in every run: records." in note and "Not the same held-out text in every run: news." in note
+    panels = {part.get_attribute("aria-label") for part in browser.find_elements(By.CSS_SELECTOR, "#losses svg")}
+    starts = {str(label).split(":")[0] for label in panels}
+    places = ["public", *(f"{kind}/{owner}" for kind in ("experts", "dense") for owner in OWNERS)]
+    assert starts == {f"Loss of {place}" for place in places}
+    assert all(str(label).count("B ") == (0 if "dense/code" in str(label) else 2) for label in panels)
+
+
+def test_a_run_without_an_evaluation_can_be_compared(complete: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other")
+    shutil.rmtree(other / "evaluation")
+    page = compared([complete, other], tmp_path / "page.html")
+    assert "B was not evaluated." in page
+    shutil.copytree(complete / "public", tmp_path / "left/public")
+    assert "none of the runs has" in compared([other, tmp_path / "left"], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "report needs run=DIR, or runs="),
+        (["run=a", "runs=[b,c]", "output=o"], "report needs run=DIR, or runs="),
+        (["runs=[a]", "output=o"], "must be two to eight directories"),
+        (["runs=[a,b]"], "needs output=FILE"),
+        (["runs=[a,b]", "output=o", "wandb=offline"], "wandb=offline is for one run"),
+        (["run=a", "wandb=maybe"], "wandb=maybe is not one of off, offline, online, auto"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        compose("report", overrides)

@@ -7,6 +7,7 @@ import pytest
 from toy import train
 
 from flexpert.errors import UserError
+from flexpert.monitor.devices import peak_of
 from flexpert.monitor.jsonl import MetricsLog, read_metrics
 
 
@@ -53,7 +54,7 @@ class WandbRecorder:
 
     def __init__(self, **given: Any) -> None:
         self.stage, self.id, self.config = given["job_type"], given["id"], given["config"]
-        self.steps: list[int] = []
+        self.resume, self.steps, self.rows = given["resume"], list[int](), list[dict[str, Any]]()
         self.exit_code: int | None = None
 
     def define_metric(self, name: str, step_metric: str) -> None:
@@ -61,6 +62,7 @@ class WandbRecorder:
 
     def log(self, row: dict[str, Any], step: int) -> None:
         self.steps.append(step)
+        self.rows.append(row)
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -94,6 +96,15 @@ def test_calibration_is_a_wandb_run_of_its_own_with_its_own_recipe(
     assert wandb_runs[0].id != wandb_runs[1].id
 
 
+def test_wandb_without_its_key_is_one_line(
+    expert_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"W&B: .*; monitor\.wandb=offline goes on without its server"):
+        train("expert", *expert_overrides, "monitor.wandb=online", f"output_dir={tmp_path}/run")
+
+
 def test_a_run_that_fails_does_not_look_finished_in_wandb(
     expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,3 +120,77 @@ def test_progress_tells_the_learning_rate(
     train("expert", *expert_overrides, "optim.schedule=constant", "train.steps=2", f"output_dir={tmp_path}/run")
     line = next(line for line in capsys.readouterr().out.splitlines() if "step 2/2" in line)
     assert line.startswith(f"expert {tmp_path}/run  step 2/2  loss ") and "  lr 1.0e-02  " in line
+
+
+def test_utilisation_is_the_share_of_the_device_that_the_model_needs(
+    expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("flexpert.train.callbacks.peak_flops", lambda device: 1e12)
+    train("expert", *expert_overrides, "monitor.wandb=offline", "train.steps=2", f"output_dir={tmp_path}/run")
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    # Forward: 2 layers of attention, two FFNs and two rows, and the head, of toy.SHAPE. Nothing below the first expert
+    # is trained.
+    attention, ffn, scores, head = 4 * 24 * 24, 3 * 24 * 40, 2 * 24 * 16, 384 * 24
+    forward = 2 * (2 * (attention + 2 * ffn + scores + 2 * 24) + head)
+    first = 2 * (ffn + 2 * ffn // 3 + 2 * 24)
+    second = 2 * (attention + 2 * scores + 3 * ffn + 2 * 2 * 24)
+    for row in rows:
+        flops = 128 * (forward + first + second + 2 * head)
+        assert row["mfu"] == pytest.approx(flops / row["step_seconds"] / 1e12, rel=1e-9)
+    assert "  mfu " in capsys.readouterr().out
+    assert [row["mfu"] for row in wandb_runs[0].rows] == [row["mfu"] for row in rows]
+
+
+def test_utilisation_of_an_unknown_device_is_null(
+    expert_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("expert", *expert_overrides, "train.steps=1", f"output_dir={tmp_path}/run")
+    assert [row["mfu"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [None]
+    assert "  mfu n/a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "tera_flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_devices_are_known_by_the_names_that_cuda_gives(name: str, tera_flops: float | None) -> None:
+    assert peak_of(name) == (None if tera_flops is None else pytest.approx(tera_flops * 1e12))
+
+
+def test_a_run_that_is_started_again_goes_on_in_the_same_wandb_run(
+    expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*expert_overrides, "monitor.wandb=offline", f"output_dir={tmp_path}/run"]
+    log = MetricsLog.write
+
+    def dies(self: MetricsLog, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetricsLog, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train("expert", *overrides)
+    monkeypatch.setattr(MetricsLog, "write", log)
+    train("expert", *overrides, "monitor.log_interval=1", "checkpoint.keep=1")  # which is no other run
+    assert [(run.id, run.steps, run.exit_code) for run in wandb_runs] == [
+        (wandb_runs[0].id, [1, 2, 3, 4], 1),
+        (wandb_runs[0].id, [5, 6], 0),
+    ]
+    train("expert", *expert_overrides, "monitor.wandb=offline", f"output_dir={tmp_path}/other")
+    assert wandb_runs[2].id != wandb_runs[0].id

@@ -83,12 +83,17 @@ svg { display: block; height: auto; font-family: inherit; stroke-linejoin: round
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(name: str, sections: list[tuple[str, str, str]]) -> str:
+#: Stands for a number that there is not.
+DASH = "–"
+
+
+def page(name: str, sections: list[tuple[str, str, str]], what: str = "Flexpert run") -> str:
     """The whole file.
 
     Args:
-        name: of the run; plain text.
+        name: of the run or runs; plain text.
         sections: (id, title, HTML), in order.
+        what: the page is about.
     """
     light, dark = (";".join(f"--{role}:{pair[side]}" for role, pair in COLORS.items()) for side in (0, 1))
     # Paper is light whatever the screen is, so the dark colours are for the screen alone.
@@ -105,13 +110,13 @@ def page(name: str, sections: list[tuple[str, str, str]]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <link rel="icon" href="data:,">
-<title>{escape(name)} · Flexpert run</title>
+<title>{escape(name)} · {what}</title>
 <style>
 {themes}{STYLE}</style>
 </head>
 <body>
 <header>
-<h1>Flexpert run: {escape(name)}</h1>
+<h1>{what}: {escape(name)}</h1>
 <p>Experts of one language model, each trained apart by the owner of its data, put together without that data, and
 taken out again at will.</p>
 <nav>{links}</nav>
@@ -140,3 +145,25 @@ def table(head: list[str], rows: list[tuple[str, list[str]]], name: str) -> str:
 def scroll(content: str) -> str:
     """A frame in which wide content scrolls, so that the page does not."""
     return f'<div class="scroll">{content}</div>'
+
+
+def count(value: float, billion: str = "B") -> str:
+    """1234567 → 1.23M."""
+    for size, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def size_of(num_bytes: int) -> str:
+    """1234567 → 1.23 MB."""
+    text = count(num_bytes, billion="G")
+    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1]}B"

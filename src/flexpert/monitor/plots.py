@@ -216,14 +216,22 @@ def draw_matrix(canvas: Canvas, matrix: Matrix, x: float, y: float, cell: tuple[
             canvas.outline(at[0] + 1, at[1] + 1, wide - 2, high - 2, "ink")
 
 
-def matrix_figure(matrix: Matrix, salt: str, label: str, cell: tuple[float, float], size: float) -> str:
+def matrix_canvas(matrix: Matrix, cell: tuple[float, float], size: float, theme: dict[str, str] = MARKED) -> Canvas:
     width = matrix.label_width(size) + len(matrix.columns) * cell[0] + 2
     head = matrix.head_height(cell[0], size)
     if head > size + 12:  # the last slanted name leans out
         width += head - 20
-    canvas = Canvas(math.ceil(width), math.ceil(head + len(matrix.rows) * cell[1] + 2))
+    canvas = Canvas(math.ceil(width), math.ceil(head + len(matrix.rows) * cell[1] + 2), theme)
     draw_matrix(canvas, matrix, 0, 0, cell, size)
-    return canvas.svg(salt, label)
+    return canvas
+
+
+def matrix_figure(matrix: Matrix, salt: str, label: str, cell: tuple[float, float], size: float) -> str:
+    return matrix_canvas(matrix, cell, size).svg(salt, label)
+
+
+def matrix_png(matrix: Matrix, cell: tuple[float, float], size: float) -> bytes:
+    return matrix_canvas(matrix, cell, size, LIGHT).png(2)
 
 
 @dataclass(frozen=True)
@@ -296,11 +304,12 @@ def valid_curve(rows: list[dict[str, Any]], label: str, role: str, **style: Any)
     return Curve(label, [s for s, _ in points], [v for _, v in points], role, style) if points else None
 
 
-def loss_figure(curves: list[Curve], salt: str, label: str, width: float = 300, height: float = 180) -> str:
+def loss_figure(curves: list[Curve], salt: str, label: str, label_width: float = 78) -> str:
     """Loss over steps, each line labelled at its end."""
     from matplotlib.ticker import MaxNLocator
 
-    left, right, top, bottom = 30.0, width - 78, 8.0, height - 20
+    width, height = 222 + label_width, max(180.0, 14 * len(curves) + 36)
+    left, right, top, bottom = 30.0, width - label_width, 8.0, height - 20
     losses: list[float] = [loss for curve in curves for edge in (curve.losses, *(curve.band or ())) for loss in edge]
     margin = 0.05 * (max(losses) - min(losses)) or 0.1
     low, high = min(losses) - margin, max(losses) + margin

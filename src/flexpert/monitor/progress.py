@@ -21,6 +21,7 @@ class TrainingProgress:
 
     def update(self, row: dict[str, Any]) -> None:
         note = f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_second']:,.0f} tokens/s"
+        note += "  mfu n/a" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         if "valid_loss" in row:
             note += f"  valid {row['valid_loss']:.4f}"
         if self.bar is not None:

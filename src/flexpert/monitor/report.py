@@ -1,4 +1,4 @@
-"""`flexpert report`: one page about a pipeline's run, made of what its directory holds.
+"""`flexpert report`: one page about a pipeline's run, made of what its directory holds; or about several of them.
 
 The page is a single file without scripts and without anything to fetch. The same run gives the same bytes. Every text
 that comes from a file passes `html.escape`: owners choose titles and licences, and a page is no place for their markup.
@@ -13,8 +13,9 @@ from pathlib import Path
 from flexpert.config.stages import ReportConfig
 from flexpert.errors import UserError
 from flexpert.monitor import findings
+from flexpert.monitor.compare import Comparison
 from flexpert.monitor.findings import BTM, MODEL, PUBLIC, MethodRow, below
-from flexpert.monitor.page import page, scroll, table
+from flexpert.monitor.page import DASH, count, duration, page, scroll, size_of, table
 from flexpert.monitor.plots import (
     Bar,
     Matrix,
@@ -26,29 +27,42 @@ from flexpert.monitor.plots import (
     train_curve,
     valid_curve,
 )
-from flexpert.monitor.run_directory import RunDirectory, Training, in_order, read_run
-
-DASH = "–"
+from flexpert.monitor.results import monitor_config, publish
+from flexpert.monitor.run_directory import TRAINING_KINDS, RunDirectory, Training, in_order, read_run
+from flexpert.monitor.wandb import wandb_mode
 
 
 def run(config: ReportConfig, resolved: str) -> None:
     """Write `report.html`, and `report.png` beside it in the run directory where there is an evaluation to show.
 
+    Several runs give one page, and nothing but that.
+
     Raises:
-        UserError: the run directory holds no run, or the output cannot be written.
+        UserError: a run directory holds no run, or the output cannot be written.
     """
-    path = Path(config.run)
-    content = read_run(path)
-    output = Path(config.output) if config.output is not None else path / "report.html"
+    paths = [config.run] if config.run is not None else config.runs
+    contents = [read_run(Path(path)) for path in paths]
+    output = Path(config.output) if config.output is not None else contents[0].path / "report.html"
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"output={output} cannot be written: give a file in a directory that exists")
-    picture = path / "report.png"
+    if config.runs:
+        write_file(output, Comparison(contents).html().encode())
+    else:
+        write_report(contents[0], output, config.wandb)
+    print(output)
+
+
+def write_report(content: RunDirectory, output: Path, wandb: str | None) -> None:
+    monitor = monitor_config(content, wandb)
+    mode = wandb_mode(monitor)
+    report, picture = Report(content), content.path / "report.png"
     if content.evaluation is not None:
-        write_file(picture, Report(content).picture())
+        write_file(picture, report.picture())
     else:
         picture.unlink(missing_ok=True)  # it would show an evaluation that is no longer there
-    write_file(output, Report(content).html().encode())
-    print(output)
+    write_file(output, report.html().encode())
+    if mode != "off":
+        publish(content, monitor, mode, report.routing_matrix(None) if content.evaluation is not None else None)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -56,28 +70,6 @@ def write_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
-
-
-def count(value: float, billion: str = "B") -> str:
-    """1234567 → 1.23M."""
-    for size, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def size_of(num_bytes: int) -> str:
-    """1234567 → 1.23 MB."""
-    text = count(num_bytes, billion="G")
-    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1]}B"
 
 
 class Report:
@@ -349,11 +341,8 @@ class Report:
         )
 
     def stage_name(self, part: Training) -> str:
-        words = {"public": "public model", "expert": "expert", "dense": "dense fine-tune", "tuned": "router tuning"}
-        if part.kind in ("public", "tuned"):
-            return words[part.kind]
-        assert part.domain is not None
-        return f"{self.swatch(part.domain)} {words[part.kind]}"
+        words = TRAINING_KINDS[part.kind]
+        return f"{self.swatch(part.domain)} {words}" if part.domain not in (None, PUBLIC) else words
 
     # Section 6
 
@@ -379,7 +368,7 @@ class Report:
             steps = f"{part.steps:,}"
             if part.planned_steps not in (None, part.steps):
                 steps += f" of {part.planned_steps:,}"
-            skipped = f" ({last['skipped_steps']} skipped)" if last["skipped_steps"] else ""
+            skipped = f" ({int(last['skipped_steps'])} skipped)" if last["skipped_steps"] else ""
             loss = [DASH if (v := part.last(key)) is None else f"{v:.3f}" for key in ("loss", "valid_loss")]
             speed = count(last["tokens"] / part.seconds) if part.seconds else DASH
             cost = [count(last["tokens"]), duration(part.seconds), speed]
@@ -397,7 +386,12 @@ class Report:
             cells = [self.swatch(name), escape(str(manifest.get("license") or "not stated"))]
             for split in ("train", "valid"):
                 part = manifest["splits"][split]
-                cells += [f"{part['documents']:,}", count(part["tokens"]), size_of(part["bytes"])]
+                documents, size = part["documents"], part["bytes"]  # null of token files that are used as they are
+                cells += [
+                    DASH if documents is None else f"{documents:,}",
+                    count(part["tokens"]),
+                    DASH if size is None else size_of(size),
+                ]
             body.append((name, cells))
         if not body:
             return ""

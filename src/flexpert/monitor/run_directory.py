@@ -24,6 +24,8 @@ from flexpert.monitor.jsonl import read_metrics
 from flexpert.records import read_json, read_record
 
 PUBLIC = "public"
+#: The kinds of training stages, for people.
+TRAINING_KINDS = {"public": "public model", "expert": "expert", "dense": "dense fine-tune", "tuned": "router tuning"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Training:
     """One stage that trained.
 
     Attributes:
-        kind: "public", "expert", "dense" or "tuned".
+        kind: a key of TRAINING_KINDS.
         domain: whose data; None for router tuning, which uses several.
         rows: its metrics, one a step.
         planned_steps: where it was to stop; None where its config is missing.

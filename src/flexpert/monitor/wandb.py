@@ -50,36 +50,38 @@ def run_id(output: Path, resolved: str) -> str:
     return hashlib.sha256(f"{output.resolve()}\n{resolved}".encode()).hexdigest()[:16]
 
 
-class WandbRun:
-    """One W&B run.
+def start_run(
+    config: MonitorConfig, mode: str, stage: str, output: Path, flat: dict[str, Any], identity: str | None = None
+) -> Any:
+    """A run of W&B's.
 
     Args:
-        config: the group `monitor`; `wandb` must not be off.
+        config: the group `monitor`.
+        mode: offline or online.
         stage: job type.
         output: the stage's directory; W&B's files go below it.
         flat: the whole config; filtered here.
+        identity: of `run_id`; None: that of the config.
     """
+    import wandb
 
-    def __init__(self, config: MonitorConfig, mode: str, stage: str, output: Path, flat: dict[str, Any]) -> None:
-        import wandb
-
-        os.environ.setdefault("WANDB_SILENT", "true")
-        settings = wandb.Settings(
-            console="off",
-            host="-",  # left out, it is this machine's name
-            disable_git=True,
-            disable_code=True,
-            disable_job_creation=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-            silent=True,
-        )
-        identity = run_id(output, repr(sorted(allowed_config(flat).items())))
-        self.run = wandb.init(
+    os.environ.setdefault("WANDB_SILENT", "true")
+    settings = wandb.Settings(
+        console="off",
+        host="-",  # left out, it is this machine's name
+        disable_git=True,
+        disable_code=True,
+        disable_job_creation=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        silent=True,
+    )
+    try:
+        return wandb.init(
             mode="online" if mode == "online" else "offline",
-            id=identity,
+            id=identity or run_id(output, repr(sorted(allowed_config(flat).items()))),
             resume="allow" if mode == "online" else None,
             project=config.project,
             entity=config.entity,
@@ -90,6 +92,16 @@ class WandbRun:
             config=allowed_config(flat),
             settings=settings,
         )
+    except wandb.errors.Error as error:  # a key that is missing or refused, a server that is not there
+        reason = str(error).splitlines()[0]
+        raise UserError(f"W&B: {reason}; monitor.wandb=offline goes on without its server") from None
+
+
+class WandbRun:
+    """The run of a stage that trains; arguments as those of `start_run`."""
+
+    def __init__(self, config: MonitorConfig, mode: str, stage: str, output: Path, flat: dict[str, Any]) -> None:
+        self.run = start_run(config, mode, stage, output, flat)
         self.run.define_metric("*", step_metric="tokens")
 
     def log(self, row: dict[str, Any]) -> None:
