@@ -29,7 +29,8 @@ def run_demo(seed: int) -> tuple[dict[str, Any], list[Gate]]:
     """Run the demo with this seed, or take the run that is there; returns its evaluation and gates."""
     run = Path(f"runs/demo-seed-{seed}")
     command = ["pipeline", "pipeline=demo", f"seed={seed}", f"output_dir={run}"]
-    subprocess.run([sys.executable, "-m", "flexpert", *command], check=False)  # a gate that fails is part of the result
+    # A gate that fails is part of the result.
+    subprocess.run([sys.executable, "-P", "-m", "flexpert", *command], check=False)
     evaluation = read_record(run / "evaluation/evaluation.json", "flexpert.evaluation")
     thresholds = yaml.safe_load((run / "pipeline.yaml").read_text(encoding="utf-8"))["pipeline"]["gates"]
     return evaluation, check_gates(evaluation, thresholds)

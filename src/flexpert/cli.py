@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import signal
 import sys
+from types import FrameType
 
 from flexpert import __version__
 from flexpert.errors import UserError
@@ -39,6 +41,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run one stage. Exit status: 0 done, 1 a defect of ours (with traceback), 2 a mistake in the input (one line)."""
     arguments = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, terminate)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(usage(), flush=True)
@@ -55,6 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("flexpert: interrupted; a training stage or pipeline goes on when it is started again", file=sys.stderr)
         sys.exit(130)
+
+
+def terminate(signal_number: int, frame: FrameType | None) -> None:
+    """End by way of the blocks that clean up: no half-written directory, no child, no open W&B run stays."""
+    raise SystemExit(128 + signal_number)
 
 
 def run_stage(stage: str, overrides: list[str]) -> None:

@@ -10,7 +10,7 @@ from flexpert.errors import UserError
 from flexpert.records import write_atomic
 
 #: Keys that may change when a stage is started again in its directory: they do not change what it writes.
-FREE_KEYS = ("monitor", "checkpoint", "resume", "parallel", "output_dir")
+FREE_KEYS = ("monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "device")
 
 #: Changed keys that a message spells out.
 NAMED_CHANGES = 3

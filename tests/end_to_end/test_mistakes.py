@@ -1,5 +1,9 @@
 """A user's mistake is one line on standard error, exit status 2, and nothing half-written."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +79,7 @@ def test_a_mistake_does_not_claim_the_directory(fails, road: Path, tmp_path: Pat
     fails("pretrain", [*short, f"data.dir={tmp_path}/few", out], "fewer than one sequence")
     fails(
         "expert",
-        [*TOY, *base, f"router.embedding={tmp_path}", f"public_data={road}/data/public"],
+        [*TOY, *base, f"router.embedding={tmp_path}", f"public_data={road}/data/letters"],
         "sentence-transformers",
     )
     calibration = ["router.init=random", "router.calibration_steps=2", f"public_data={tmp_path}/few"]
@@ -156,3 +160,15 @@ def test_a_run_that_ends_in_its_warm_up_says_so_once(road: Path, tmp_path: Path,
     train("pretrain", *SHAPE, *steps, f"data.dir={road}/data/public", f"output_dir={tmp_path}/public")
     note = "note: optim.warmup_steps=2 is not shorter than the run's 2 steps"
     assert capsys.readouterr().out.count(note) == 1
+
+
+def test_a_stage_that_is_terminated_cleans_up(road: Path, tmp_path: Path) -> None:
+    """As a scheduler ends it, or the pipeline that started it."""
+    output = tmp_path / "data"
+    overrides = ["data=demo_math", f"tokenizer={road}/data/public/tokenizer", f"output_dir={output}"]
+    with subprocess.Popen([sys.executable, "-m", "flexpert", "prepare", *overrides]) as process:
+        while process.poll() is None and not list(tmp_path.glob(".data.*.partial/train.bin")):
+            time.sleep(0.001)
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

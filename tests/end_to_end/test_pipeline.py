@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert not [
         line for line in subprocess.check_output(["ps", "axo", "args"], text=True).split("\n") if str(output) in line
     ]
@@ -184,3 +185,13 @@ def test_every_node_comes_after_what_it_needs() -> None:
         seen.add(node.name)
     assert len({Records(Path("run")).path(node) for node in nodes}) == len(nodes)
     assert os.path.commonpath([str(node.output) for node in nodes]) == "runs/demo"
+
+
+def test_what_the_advice_says_to_delete_is_enough(smoke: Path) -> None:
+    """The last test of this run, which it changes."""
+    other = "pipeline.evaluate=[sequence_length=64,batch_sequences=8]"
+    status, text = run(smoke, other, "pipeline.gates={}")
+    assert status == 2 and f"delete {smoke / 'evaluation'} to make it again" in text
+    shutil.rmtree(smoke / "evaluation")
+    status, text = run(smoke, other, "pipeline.gates={}")
+    assert status == 0 and "evaluation: done" in text, text

@@ -19,6 +19,7 @@ from flexpert.cli import run_stage
 from flexpert.data.tokenizer import load_tokenizer
 from flexpert.evaluation.documents import Document, EvaluationSet, document_windows, load_set
 from flexpert.evaluation.score import CHUNK_TOKENS, score, summary
+from flexpert.evaluation.table import print_bits
 from flexpert.model.generate import generate
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
 
@@ -345,3 +346,11 @@ def test_a_directory_keeps_its_configuration(road: Path, models: Path, tmp_path:
     with refused("holds another configuration", "active_experts"):
         evaluate(road, models / "mixture", tmp_path / "out", "active_experts=1")
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == first
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    domains = {"[news]": {"bits_per_byte": 1.0}, "[/x]": {"bits_per_byte": 2.0}}
+    methods = {"model": {"domains": domains, "experts": []}}
+    print_bits({"exclude": [], "domains": domains, "methods": methods})
+    shown = capsys.readouterr().out
+    assert "[news]" in shown and "[/x]" in shown

@@ -70,7 +70,7 @@ MISTAKES = [
     (["pipeline.experts.news=[data=demo_newts]"], ("data/news: there is no data=demo_newts",)),
     (["pipeline.owners={code:[title=Code]}"], ("pipeline.owners.code is not one of math, news",)),
     (["pipeline.owners={news:[optim.lrate=1]}"], ("experts/news: unknown key 'optim.lrate'",)),
-    (["pipeline.tune_router=[train.steps=1]"], ("tuned: tune_router needs data.dir=",)),
+    (["pipeline.tune_router=[train.steps=1]"], ("tuned: training needs data.dir=",)),
     (["pipeline.gates={gain:0}"], ("pipeline.gates.gain is not one of", "gain_over_soup")),
     (["pipeline.gates={gain_over_soup:0}", "pipeline.dense=null"], ("pipeline.gates.gain_over_soup needs a soup",)),
     (["pipeline.gates={removal_on_own:0}", "pipeline.evaluate=[]"], ("removal_on_own needs leave_one_out=true",)),
@@ -248,7 +248,7 @@ def test_a_process_that_fails_is_quoted_and_one_that_runs_is_stopped(
 ) -> None:
     script = tmp_path / "python"  # in place of `python -m flexpert STAGE`: says what it was asked, fails or stays
     script.write_text(
-        '#!/bin/sh\necho "asked for $3"\nif [ "$3" = bad ]; then echo "it is bad"; exit 3; fi\nexec sleep 60\n'
+        '#!/bin/sh\necho "asked for $4"\nif [ "$4" = bad ]; then echo "it is bad"; exit 3; fi\nexec sleep 60\n'
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -22,11 +23,11 @@ def bits_table(content: dict[str, Any]) -> Table:
     domains = list(content["domains"])
     table = Table(title="held-out bits per byte")
     for column in ("", *domains, "mean"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(escape(column), justify="right" if column else "left")
     for name, method in content["methods"].items():
         bits = [method["domains"][domain]["bits_per_byte"] for domain in domains]
         label = row_label(name, method, content["exclude"])
-        table.add_row(label, *(f"{value:.3f}" for value in bits), f"{sum(bits) / len(bits):.3f}")
+        table.add_row(escape(label), *(f"{value:.3f}" for value in bits), f"{sum(bits) / len(bits):.3f}")
     return table
 
 

@@ -16,6 +16,9 @@ from flexpert.config.stages import PipelineConfig
 from flexpert.errors import UserError
 from flexpert.records import canonical_json, read_record, sha256_file, sha256_hex, write_record
 
+#: Outputs that a stage writes below its `output_dir`, beside what it resumes from.
+STAGE_OUTPUTS = ("model", "contribution", "evaluation.json")
+
 
 @dataclass(frozen=True)
 class Node:
@@ -38,6 +41,11 @@ class Node:
     needs: tuple[str, ...] = ()
     alone: bool = False
     always: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """All that the stage writes: its `output_dir`."""
+        return self.output.parent if self.output.name in STAGE_OUTPUTS else self.output
 
 
 def quoted(path: Path | str) -> str:
@@ -172,7 +180,7 @@ class Records:
             raise self.conflict(node, "was made with other overrides")
 
     def conflict(self, node: Node, what: str) -> UserError:
-        advice = f"choose another output_dir, or delete {node.output} and {self.path(node)} to make it again"
+        advice = f"choose another output_dir, or delete {node.directory} to make it again"
         return UserError(f"{node.output} {what}: {advice}")
 
     def discard(self, node: Node) -> None:

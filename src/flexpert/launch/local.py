@@ -87,7 +87,8 @@ class LocalLauncher:
         log.write(f"--- {node.name}: started {datetime.now().astimezone().isoformat(timespec='seconds')}\n".encode())
         log.flush()
         log_start = log.tell()  # before the child, which shares this position, writes
-        command = [sys.executable, "-m", "flexpert", node.stage, *node.overrides]
+        # -P: no module of the directory that the user happens to be in.
+        command = [sys.executable, "-P", "-m", "flexpert", node.stage, *node.overrides]
         # A session of its own: Ctrl-C reaches this process alone, which then stops the stages in order.
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=end_with_launcher

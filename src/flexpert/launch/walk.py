@@ -3,7 +3,6 @@
 How a stage becomes a process, and where, is a launcher's affair.
 """
 
-import signal
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -81,10 +80,9 @@ class Walk:
         Raises:
             UserError: an output was made from other inputs than it would be now.
             StageFailed: a stage failed; the others that could run have.
-            KeyboardInterrupt: interrupted; running stages were stopped and will go on in the next run.
+            KeyboardInterrupt, SystemExit: interrupted; running stages were stopped and will go on in the next run.
         """
         self.tell_complete()
-        previous = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         try:
             with Display() as display:
                 while self.step():
@@ -95,7 +93,6 @@ class Walk:
             self.ended += self.launcher.stop()
             self.ended = [ended for ended in self.ended if ended.status == 0]
             self.finish()
-            signal.signal(signal.SIGTERM, previous)
         if self.failed:
             raise self.failed[0]
 
