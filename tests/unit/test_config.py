@@ -299,7 +299,7 @@ def test_an_unknown_stage_is_answered_with_the_stages(capsys: pytest.CaptureFixt
     [
         ("prepare", ["output_dir"]),
         ("expert", ["base", "name"]),
-        ("assemble", ["base", "contributions"]),
+        ("assemble", ["contributions"]),
         ("remove", ["model", "experts"]),
         ("tune_router", ["model"]),
         ("evaluate", ["model", "data.dirs"]),
