@@ -43,6 +43,10 @@ class KeyValueCache:
         self.length = end
         return self.key[:, :, :end], self.value[:, :, :end]
 
+    def keep(self, rows: list[int]) -> None:
+        """Forget all sequences but these."""
+        self.key, self.value = self.key[rows], self.value[rows]
+
 
 class Attention(nn.Module):
     """Causal self-attention. The norm of queries and keys is over all heads together, before the split (OLMo2)."""
