@@ -258,7 +258,7 @@ class GenerateConfig(Lockable):
         None,
         'many prompts instead: lines {"prompt": TEXT}; prints a line {"prompt": TEXT, "text": CONTINUATION} for each',
     )
-    batch_size: int = opt(8, "prompts of prompts_file that run at a time; no prompt's text depends on it")
+    batch_size: int = opt(8, "prompts of prompts_file that run at a time")
     exclude: list[str] = opt([], "experts to leave out; as if removed")
     active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
     max_new_tokens: int = opt(64, "longest continuation, tokens; ends sooner where the model's context is full")
