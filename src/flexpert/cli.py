@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def terminate(signal_number: int, frame: FrameType | None) -> None:
     """End by way of the blocks that clean up: no half-written directory, no child, no open W&B run stays."""
+    print("flexpert: terminated; a training stage or pipeline goes on when it is started again", file=sys.stderr)
     raise SystemExit(128 + signal_number)
 
 

@@ -35,6 +35,13 @@ def said(config: dict[str, Any], key: str) -> str:
     return "unset" if value is None else str(value)
 
 
+def has_results(output: Path) -> bool:
+    """Whether a stage left more here than its beginnings, which there is no need to keep."""
+    beginnings = ("resolved.yaml", ".lock", "wandb")
+    paths = [path for path in output.iterdir() if path.name not in beginnings]
+    return any(path.name != "metrics.jsonl" or path.stat().st_size > 0 for path in paths)
+
+
 def check_directory(output: Path, resolved: str, resume: str) -> None:
     """Refuse a directory that is not this configuration's; writes nothing.
 
@@ -45,7 +52,7 @@ def check_directory(output: Path, resolved: str, resume: str) -> None:
     if record.is_file():
         before, now = comparable(record.read_text(encoding="utf-8")), comparable(resolved)
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
+        if changed and has_results(output):
             shown = ", ".join(
                 f"{key} was {said(before, key)} and is {said(now, key)}" for key in changed[:NAMED_CHANGES]
             )

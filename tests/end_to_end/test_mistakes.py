@@ -149,6 +149,12 @@ def test_another_configuration_is_told_with_what_changed(tmp_path: Path) -> None
             check_directory(tmp_path, now, "auto")
         return str(caught.value)
 
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "resolved.yaml").write_text("{seed: 1}")
+    check_directory(
+        tmp_path, "{seed: 2}", "auto"
+    )  # a run that was stopped before its first step leaves nothing to keep
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     line = refusal("{seed: 1, train: {steps: null}}", "{seed: 2, train: {steps: 5}}")
     assert "seed was 1 and is 2, train.steps was unset and is 5; choose another output_dir" in line
     line = refusal("{a: 1, b: 1, c: 1, d: 1, e: 1}", "{a: 2, b: 2, c: 2, d: 2}")

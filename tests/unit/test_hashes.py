@@ -60,7 +60,7 @@ def test_what_another_data_set_holds_out_is_kept_out_of_training(
 ) -> None:
     output = prepare(tmp_path / "out", *settings, f"data.exclude=[{ours}]")
     assert content(output, "train") == THEIRS
-    assert manifest(output)["dropped"] == {"bad": 0, "duplicates": 0, "excluded": 6}
+    assert manifest(output)["dropped"] == {"bad": 0, "empty": 0, "duplicates": 0, "excluded": 6}
     assert "left out 6 excluded" in capsys.readouterr().out
     assert overlap_notes({"ours": ours, "theirs": output}) == []
 

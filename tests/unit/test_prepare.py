@@ -329,7 +329,9 @@ def test_a_pattern_without_a_match_is_refused(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder").mkdir()
-    for pattern in (f"{tmp_path}/*.jsonl", f"{tmp_path}/folder", ""):
+    line = refused(tmp_path / "out", capsys, f"data.documents={tmp_path}/folder", f"tokenizer={tokenizer.directory}")
+    assert f"data.documents={tmp_path}/folder is a directory: give the files in it" in line
+    for pattern in (f"{tmp_path}/*.jsonl", ""):
         line = refused(tmp_path / "out", capsys, f"data.documents={pattern}", f"tokenizer={tokenizer.directory}")
         assert f"data.documents={pattern} matches no file" in line
 

@@ -114,7 +114,7 @@ def test_bad_documents_that_are_skipped_are_counted_and_named(
     for where in ("a.jsonl line 303 is not JSON", "d.parquet row 201 has no value", "e99.txt is not UTF-8 text"):
         assert f"skipped: {every_format}/{where}" in out
     assert f"{output}: left out 5 bad\n" in out
-    assert manifest(output)["dropped"] == {"bad": 5, "duplicates": 0, "excluded": 0}
+    assert manifest(output)["dropped"] == {"bad": 5, "empty": 0, "duplicates": 0, "excluded": 0}
 
 
 def test_only_the_first_bad_documents_are_named(
@@ -134,7 +134,7 @@ def test_the_first_of_equal_texts_is_kept(tokenizer: Tokenizer, tmp_path: Path) 
     settings = [f"data.documents={tmp_path}/*.jsonl", f"tokenizer={tokenizer.directory}", "valid_fraction=0"]
     output = prepare(tmp_path / "out", *settings, "data.deduplicate=true")
     assert content(output, "train") == [*TEXTS[:50], TEXTS[7].upper(), TEXTS[60]]
-    assert manifest(output)["dropped"] == {"bad": 0, "duplicates": 60, "excluded": 0}
+    assert manifest(output)["dropped"] == {"bad": 0, "empty": 0, "duplicates": 60, "excluded": 0}
     assert len(content(prepare(tmp_path / "all", *settings), "train")) == 112
 
 

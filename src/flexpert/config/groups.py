@@ -363,7 +363,10 @@ class RouterConfig(Lockable):
 class PrepareDataConfig(Lockable):
     """Group `data` of `prepare`: where documents come from."""
 
-    documents: str | None = opt(None, "glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or text files, or demo:NAME")
+    documents: str | None = opt(
+        None,
+        "glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or text files, each of which is one document; or demo:NAME",
+    )
     text_field: str = opt("text", "field of a JSON line or parquet row that holds the text")
     prompt_field: str | None = opt(
         None, "field with what comes before the text as context only: it is put before it, and carries no loss"

@@ -56,6 +56,8 @@ def check_path(key: str, path: Path, kind: str) -> None:
     if is_a(path, marker):
         return
     nearby = [*(path / part for part in PARTS), path.parent]
+    if kind == "run":
+        nearby += sorted(place.parent for place in path.glob(f"*/{marker}"))
     meant = next((place for place in nearby if is_a(place, marker)), None)
     found = "a file" if os.path.isfile(path) else next((k.noun for k in KINDS.values() if is_a(path, k.marker)), None)
     if kind == "run" and os.path.isdir(path) and not (meant or found):

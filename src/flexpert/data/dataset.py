@@ -104,6 +104,10 @@ class TokenWindows:
                 f"train.sequence_length={sequence_length} needs"
             )
 
+    @property
+    def num_tokens(self) -> int:
+        return self.num_sequences * self.length
+
     def sequences(self, start: int, count: int) -> Tensor:
         """Sequences at positions [start, start+count) of the endless stream of epochs: int64 [count, length+1].
 

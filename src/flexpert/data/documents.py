@@ -78,7 +78,7 @@ class Lines:
 
     def parse(self, where: str, line: bytes, fields: Fields) -> Document | BadDocument:
         try:
-            row = json.loads(line.decode())
+            row = json.loads(line.decode("utf-8-sig"))  # without the byte order mark of Windows' editors
             found = []
             for key, field in (("prompt_field", fields.prompt), ("text_field", fields.text)):
                 value = "" if field is None else row.get(field) if isinstance(row, dict) else None
@@ -129,7 +129,7 @@ class TextFiles:
     def documents(self, fields: Fields) -> Iterator[Document | BadDocument]:
         for path, content in self.contents:
             try:
-                yield Document("", content.decode())  # read_text would turn \r\n into \n
+                yield Document("", content.decode("utf-8-sig"))  # read_text would turn \r\n into \n
             except UnicodeDecodeError as error:
                 yield BadDocument(str(path), f"is not UTF-8 text (byte {error.start})")
 
@@ -156,6 +156,8 @@ def input_files(source: str, shard: tuple[int, int] = (0, 1)) -> list[Path]:
     found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))  # a name may hold [ ]
     paths = [Path(path) for path in found if Path(path).is_file()]
     if not paths:
+        if Path(source).is_dir():
+            raise UserError(f"data.documents={source} is a directory: give the files in it, such as '{source}/*.jsonl'")
         raise UserError(f"data.documents={source} matches no file")
     if len(paths) < num_parts:
         raise UserError(

@@ -53,6 +53,7 @@ class Encoded:
         text_hashes: 16 bytes of a hash of each text, for exact copies, [N].
         document_hashes: see `flexpert.data.hashes`, [N].
         bad: what holds no document.
+        num_empty: documents without text.
         consumed: bytes of the input that have been read, up to the end of this batch.
     """
 
@@ -64,6 +65,7 @@ class Encoded:
     text_hashes: list[bytes]
     document_hashes: NDArray[np.uint64]
     bad: list[BadDocument]
+    num_empty: int
     consumed: int
 
 
@@ -96,6 +98,7 @@ class Encoder:
             text_hashes=[hashlib.blake2b(text.encode(), digest_size=16).digest() for text in wholes],
             document_hashes=np.asarray([document_hash(text) for text in wholes], np.uint64),
             bad=[document for document in found if isinstance(document, BadDocument)],
+            num_empty=sum(isinstance(document, Document) and not document.text for document in found),
             consumed=batch.consumed,
         )
 

@@ -28,6 +28,10 @@ class MixedWindows:
         self.first, self.second, self.share = first, second, share
         self.length: int = first.length
 
+    @property
+    def num_tokens(self) -> int:
+        return self.first.num_tokens + self.second.num_tokens
+
     def sequences(self, start: int, count: int) -> Tensor:
         """As `TokenWindows.sequences`."""
         before = np.floor(np.arange(start, start + count + 1) * self.share).astype(np.int64)

@@ -60,7 +60,7 @@ def run(config: PrepareConfig, resolved: str) -> None:
 def write_data_set(config: PrepareConfig, directory: Path, output: Path) -> None:
     """Fill `directory`, which is to become `output`, and tell what is in it."""
     tokenizer = prepare_tokenizer(config, directory / "tokenizer")
-    dropped = dict.fromkeys(("bad", "duplicates", "excluded"), 0)
+    dropped = dict.fromkeys(("bad", "empty", "duplicates", "excluded"), 0)
     if config.data.tokens is not None:
         splits = refer_to_files(config.data, tokenizer)
     else:
@@ -198,6 +198,7 @@ def write_splits(
                 dropped["bad"] += 1
                 if dropped["bad"] <= NAMED_BAD_DOCUMENTS:
                     print(f"skipped: {bad}", flush=True)
+            dropped["empty"] += batch.num_empty
             kept = np.ones(len(batch.lengths), np.bool_)
             if data.deduplicate:
                 kept = first_occurrences(batch.text_hashes, seen)

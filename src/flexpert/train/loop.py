@@ -106,6 +106,7 @@ class Trainer:
         """
         with exclusive(self.output):
             self.restore()
+            self.tell_repetition()
             self.model.train()
             for callback in self.callbacks:
                 callback.before_run(self)
@@ -119,6 +120,16 @@ class Trainer:
             finally:
                 for callback in self.callbacks:
                     callback.after_run(self, failed)
+
+    def tell_repetition(self) -> None:
+        """The default step is that of a 7B run: a forgotten train.batch_tokens would be hours without a word."""
+        available, step = self.windows.num_tokens, self.config.train.batch_tokens
+        if step > available:
+            print(
+                f"note: one step of train.batch_tokens={step:,} reads the {available:,} tokens of the data "
+                f"{step / available:,.0f} times",
+                flush=True,
+            )
 
     def losses(self, sequences: Tensor) -> Losses:
         """Loss sums of [B, S+1] sequences."""
