@@ -1,4 +1,4 @@
-"""The schema: what it holds, what it refuses and how it says so, and the sizes of the models that it describes."""
+"""The schema: what it holds, what it refuses and how it says so."""
 
 import dataclasses
 import re
@@ -7,19 +7,16 @@ import sys
 import time
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from flexpert.cli import STAGES, main
 from flexpert.config.compose import all_keys, compose, conf_directory, group_options, groups_of
-from flexpert.config.groups import Lockable, ModelConfig, check_license
+from flexpert.config.groups import Lockable, check_license
 from flexpert.config.paths import check_paths
 from flexpert.config.stages import STAGE_CONFIGS
 from flexpert.errors import UserError
-from flexpert.model.transformer import build_on_meta
 
 #: What each stage cannot do without.
 NEEDED: dict[str, list[str]] = {
@@ -468,47 +465,3 @@ def test_every_file_below_conf_is_a_stage_or_a_choice() -> None:
     choices = {f"{group}/{option}.yaml" for _, group, option in group_choices()}
     files = {path.relative_to(conf_directory()).as_posix() for path in conf_directory().rglob("*.yaml")}
     assert files == choices | {f"{stage}.yaml" for stage in STAGES}
-
-
-def model_config(name: str, **changes: Any) -> ModelConfig:
-    config = ModelConfig(**OmegaConf.load(conf_directory() / "model" / f"{name}.yaml"))  # type: ignore[arg-type]
-    config = dataclasses.replace(config, **changes)
-    config.check()
-    return config
-
-
-@pytest.mark.parametrize(
-    ("name", "total", "active"),
-    [("olmo2_7b", "7.299", "7.299"), ("flex_2x7b", "11.63", "11.63"), ("flex_37b", "37.60", "20.29")],
-)
-def test_published_models_have_their_published_sizes(name: str, total: str, active: str) -> None:
-    """FlexOlmo's sizes, in billions (FLEXOLMO.md, model)."""
-    config = model_config(name)
-    decimals = len(total.partition(".")[2])
-    assert f"{config.num_params() / 1e9:.{decimals}f}" == total
-    assert f"{config.num_active_params() / 1e9:.{decimals}f}" == active
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        model_config("flex_37b"),
-        model_config("flex_2x7b"),
-        model_config("olmo2_7b"),
-        model_config("olmo2_1b"),
-        model_config("tiny", vocab_size=1024),
-        model_config("tiny", vocab_size=384, num_kv_heads=2),
-        model_config("tiny", vocab_size=384, num_kv_heads=1, num_experts=5, active_experts=2, router_bias=True),
-    ],
-)
-def test_the_counted_parameters_are_those_of_the_built_model(config: ModelConfig) -> None:
-    model = build_on_meta(config)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    assert sum(sizes.values()) == config.num_params()
-    experts = sum(size for name, size in sizes.items() if ".feed_forward." in name and ".router." not in name)
-    idle = config.num_experts - config.active_experts if config.num_experts else 0
-    assert config.num_active_params() == config.num_params() - experts * idle // max(1, config.num_experts)
-
-
-def test_the_tiny_model_has_the_size_that_its_file_names() -> None:
-    assert f"{model_config('tiny', vocab_size=1024).num_params() / 1e6:.2f}" == "0.64"

@@ -156,7 +156,7 @@ def input_files(source: str, shard: tuple[int, int] = (0, 1)) -> list[Path]:
     found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))  # a name may hold [ ]
     paths = [Path(path) for path in found if Path(path).is_file()]
     if not paths:
-        if Path(source).is_dir():
+        if source and Path(source).is_dir():
             raise UserError(f"data.documents={source} is a directory: give the files in it, such as '{source}/*.jsonl'")
         raise UserError(f"data.documents={source} matches no file")
     if len(paths) < num_parts:
