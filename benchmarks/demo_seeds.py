@@ -1,6 +1,6 @@
 """The demo over several seeds: Flexpert beside its peers on the same held-out documents, and whether the gates hold.
 
-    python benchmarks/demo_seeds.py 0 1 2        (about seven minutes a seed on two cores)
+    python benchmarks/demo_seeds.py 0 1 2        (about ten minutes a seed on two cores)
 
 The peers are what the owners could do otherwise with the same steps and text: the public model, the soup of their dense
 fine-tunes, the ensemble of them (BTM), and each fine-tune alone on its own domain. Prints a table in Markdown and
