@@ -181,3 +181,20 @@ def expert_tensors() -> dict[str, torch.Tensor]:
 def contribution(shared_base: Path, make_contribution: Callable[..., Path], tmp_path: Path) -> Path:
     """A good contribution."""
     return make_contribution(tmp_path / "math", shared_base)
+
+
+def contributions_of(request: pytest.FixtureRequest, bias: bool) -> dict[str, Path]:
+    """One contribution for each of the module's `IDS`."""
+    base, make = request.getfixturevalue("shared_base"), request.getfixturevalue("make_contribution")
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("contributions")
+    return {name: make(folder / name, base, seed=seed, bias=bias) for seed, name in enumerate(request.module.IDS)}
+
+
+@pytest.fixture(scope="module")
+def contributions(request: pytest.FixtureRequest) -> dict[str, Path]:
+    return contributions_of(request, bias=False)
+
+
+@pytest.fixture(scope="module")
+def biased(request: pytest.FixtureRequest) -> dict[str, Path]:
+    return contributions_of(request, bias=True)

@@ -35,14 +35,6 @@ IDS = ("news", "code", "math")
 MATRIX = 24 * 40 * 4
 
 
-@pytest.fixture(scope="module")
-def contributions(
-    shared_base: Path, make_contribution: Maker, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("contributions")
-    return {name: make_contribution(folder / name, shared_base, seed=seed) for seed, name in enumerate(IDS)}
-
-
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 

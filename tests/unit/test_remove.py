@@ -19,20 +19,6 @@ Maker = Callable[..., Path]
 IDS = ("news", "herald", "math")
 
 
-@pytest.fixture(scope="module")
-def contributions(
-    shared_base: Path, make_contribution: Maker, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("contributions")
-    return {name: make_contribution(folder / name, shared_base, seed=seed) for seed, name in enumerate(IDS)}
-
-
-@pytest.fixture(scope="module")
-def biased(shared_base: Path, make_contribution: Maker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("biased")
-    return {name: make_contribution(folder / name, shared_base, seed=seed, bias=True) for seed, name in enumerate(IDS)}
-
-
 @pytest.fixture
 def model(shared_base: Path, contributions: dict[str, Path], tmp_path: Path) -> Path:
     assemble(shared_base, list(contributions.values()), tmp_path / "model")
