@@ -8,6 +8,7 @@ from flexpert_kernels.moe.reference import reference_moe
 from flexpert.config.groups import ModelConfig
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.moe import MixtureOfExperts
+from flexpert.model.router import Router
 from flexpert.model.transformer import Transformer, initialise
 
 
@@ -189,5 +190,23 @@ def test_router_z_sums_over_layers_and_tokens() -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     routing = layer(x)[1]
-    single = (x @ layer.router.weight[0].T).logsumexp(-1).square().sum()
+    logits = (x @ layer.router.weight[0].T).double()
+    single = (logits - logits.mean(-1, keepdim=True)).logsumexp(-1).square().sum()
     assert router_z_sum([routing, routing]).item() == pytest.approx(2 * single.item(), rel=1e-5)
+
+
+def test_the_router_z_loss_does_not_see_one_vector_added_to_every_row() -> None:
+    """Rows are relative to the public one: which row is the zero vector must not matter to the loss."""
+    rows, x = torch.randn(3, 8), torch.randn(4, 8)
+    losses, gradients = [], []
+    for shift in (torch.zeros(8), torch.randn(8)):
+        router = Router(8, (3,), 2, bias=False)
+        with torch.no_grad():
+            router.weight[0].copy_(rows + shift)
+        loss = router_z_sum([router(x)])
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(router.weight[0].grad)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+    assert gradients[0].sum(0).abs().max() < 1e-5  # and pulls no way in which all rows move together

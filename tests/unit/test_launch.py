@@ -64,7 +64,17 @@ def test_an_owners_own_overrides_come_after_the_shared_ones() -> None:
     assert configs["dense/math"].optim.lr == 2e-3
 
 
+def test_the_dense_fine_tunes_see_as_much_public_text_as_they_are_told() -> None:
+    assert smoke_configs()["dense/math"].data.dir == "run/data/math"
+    nodes = smoke_nodes("pipeline.dense_public_share=0.25")
+    assert nodes["dense/math"].needs == ("public", "data/math", "data/public")
+    data = compose_all([*nodes.values()])["dense/math"].data
+    assert data.dirs == {"own": "run/data/math", "public": "run/data/public"}
+    assert data.weights == {"own": 0.75, "public": 0.25}
+
+
 MISTAKES = [
+    (["pipeline.dense_public_share=1"], ("pipeline.dense_public_share=1",)),
     (["pipeline.expert=[train.steps=1,optim.lrate=1]"], ("experts/math: unknown key 'optim.lrate'",)),
     (["pipeline.evaluate=[sequence_length=long]"], ("evaluation: sequence_length", "long")),
     (["pipeline.experts.news=[data=demo_newts]"], ("data/news: there is no data=demo_newts",)),

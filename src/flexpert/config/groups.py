@@ -283,7 +283,9 @@ class TrainConfig(Lockable):
     sequence_length: int = opt(4096, "tokens in one sequence")
     microbatch_sequences: int = opt(1, "sequences in one forward pass; a step accumulates over its microbatches")
     z_loss: float = opt(1e-5, "weight of the squared log-normaliser of the output distribution")
-    router_z_loss: float = opt(1e-3, "weight of the squared log-normaliser of the routers, summed over layers")
+    router_z_loss: float = opt(
+        1e-3, "weight of the squared log-normaliser of each router's centred logits, summed over layers"
+    )
     loss_chunk_tokens: int = opt(1024, "tokens whose logits are held at one time")
     evaluation_interval: int | None = opt(None, "steps between two evaluations on the valid split; null: none")
     evaluation_sequences: int = opt(64, "sequences of one such evaluation")
@@ -476,9 +478,14 @@ class PipelineGraphConfig(Lockable):
     expert: list[str] = opt([], "overrides of `expert` shared by all experts")
     owners: dict[str, list[str]] = opt({}, "expert id: overrides of `expert` for this owner alone")
     dense: list[str] | None = opt(None, "overrides of `pretrain` for dense fine-tunes (baselines); null: none")
+    dense_public_share: float = opt(0.0, "share of public sequences in these, as an expert's public_share")
     assemble: list[str] = opt([], "overrides of `assemble`")
     tune_router: list[str] | None = opt(None, "overrides of `tune_router`; null: the router stays as assembled")
     evaluate: list[str] = opt([], "overrides of `evaluate`")
     gates: dict[str, float] = opt(
         {}, "thresholds that the evaluation must meet, by name; see flexpert.evaluation.gates"
     )
+
+    def check(self) -> None:
+        share = self.dense_public_share
+        require(0 <= share < 1, f"pipeline.dense_public_share={share} must be in [0, 1)")

@@ -98,10 +98,15 @@ def build_graph(config: PipelineConfig) -> list[Node]:
         needs = [*base_needs, f"data/{name}", "data/public"]
         add(f"experts/{name}", "expert", overrides, f"experts/{name}/contribution", needs)
     for name in graph.experts if graph.dense is not None else ():
-        own = graph.dense or []
-        wiring = [f"base={base}", f"data.dir={run / 'data' / name}", f"output_dir={run / 'dense' / name}"]
-        overrides = [*training(own), *own, *wiring]
-        add(f"dense/{name}", "pretrain", overrides, f"dense/{name}/model", [*base_needs, f"data/{name}"])
+        own, share, text = graph.dense or [], graph.dense_public_share, run / "data" / name
+        wiring = [f"base={base}", f"output_dir={run / 'dense' / name}"]
+        if share:
+            wiring.append(f"data.dirs={{own:{quoted(text)},public:{quoted(public_data)}}}")
+            wiring.append(f"data.weights={{own:{1 - share:g},public:{share:g}}}")
+        else:
+            wiring.append(f"data.dir={text}")
+        needs = [*base_needs, f"data/{name}", *(["data/public"] if share else [])]
+        add(f"dense/{name}", "pretrain", [*training(own), *own, *wiring], f"dense/{name}/model", needs)
     contributions = ",".join(quoted(run / "experts" / name / "contribution") for name in graph.experts)
     overrides = [*graph.assemble, f"base={base}", f"contributions=[{contributions}]", f"output_dir={run / 'assembled'}"]
     add("assembled", "assemble", overrides, "assembled", [*base_needs, *(f"experts/{name}" for name in graph.experts)])

@@ -75,6 +75,9 @@ def chunked_nll(
 
 
 def router_z_sum(routings: list[Routing], valid_T: Tensor | None = None) -> Tensor:
-    """Σ over layers and tokens of (log Σ_e exp logit_e)²; tokens where `valid_T` is False do not count."""
-    squares = torch.stack([routing.logsumexp_T.square() for routing in routings]).sum(0)
+    """Σ over layers and tokens of the squared log-normaliser of centred logits, which is least where all are equal.
+
+    Tokens where `valid_T` is False do not count.
+    """
+    squares = torch.stack([routing.normaliser_T.square() for routing in routings]).sum(0)
     return (squares if valid_T is None else squares * valid_T).sum()

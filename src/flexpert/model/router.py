@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
-    """What one layer's router decided for T tokens."""
+    """What one layer's router decided for T tokens.
+
+    `normaliser_T` is log Σ_e exp(logit_e − mean logit), which the z-loss squares. A softmax does not see what is added
+    to all logits, and rows are kept relative to the public one: without centring, the z-loss would depend on that and
+    pull every other row below it.
+    """
 
     probs_TE: Tensor
     weights_TK: Tensor
     indices_TK: Tensor
-    logsumexp_T: Tensor
+    normaliser_T: Tensor
 
 
 class Router(nn.Module):
@@ -43,7 +48,8 @@ class Router(nn.Module):
             weight_ED = torch.cat([rows.float() for rows in self.weight])
             bias_E = torch.cat([bias.float() for bias in self.bias]).clamp(max=0) if len(self.bias) else None
             logits_TE = F.linear(x_TD.float(), weight_ED, bias_E)
-            logsumexp_T = logits_TE.logsumexp(-1)
-            probs_TE = (logits_TE - logsumexp_T[:, None]).exp()
+            logits_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+            normaliser_T = logits_TE.logsumexp(-1)
+            probs_TE = (logits_TE - normaliser_T[:, None]).exp()
             weights_TK, indices_TK = probs_TE.topk(self.top_k, dim=-1)
-        return Routing(probs_TE, weights_TK, indices_TK, logsumexp_T)
+        return Routing(probs_TE, weights_TK, indices_TK, normaliser_T)
