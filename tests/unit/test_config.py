@@ -14,7 +14,7 @@ import yaml
 from flexpert.cli import STAGES, main
 from flexpert.config.compose import all_keys, compose, conf_directory, group_options, groups_of
 from flexpert.config.groups import Lockable, check_license
-from flexpert.config.paths import check_paths
+from flexpert.config.paths import KINDS, check_paths
 from flexpert.config.stages import STAGE_CONFIGS
 from flexpert.errors import UserError
 
@@ -222,6 +222,10 @@ WRONG_PATHS: list[tuple[str, str, str, str]] = [
     ("prepare", "tokenizer", "run/public", "did you mean run/public/model?"),
     ("report", "run", "run/assembled", "run=run/assembled is a model, not a pipeline's run: did you mean run?"),
     ("pipeline", "pipeline.base", "run/public", "did you mean run/public/model?"),
+    ("pretrain", "data.dir", "run/data", "data.dir=run/data is not a data set, it has no manifest.json: did you mean"
+     " run/data/news?"),
+    ("pretrain", "output_dir", "run/data/news/manifest.json/new/run", "output_dir=run/data/news/manifest.json/new/run"
+     " cannot be written: run/data/news/manifest.json is not a directory"),
 ]  # fmt: skip
 
 
@@ -269,7 +273,7 @@ def test_what_is_left_of_a_run_may_be_reported_on() -> None:
 
 def test_every_input_directory_is_looked_at() -> None:
     found = {(stage, key) for stage in STAGES for key, _, field in all_keys(STAGE_CONFIGS[stage])
-             if "path" in field.metadata}  # fmt: skip
+             if field.metadata.get("path") in KINDS}  # fmt: skip
     assert found == {
         ("prepare", "tokenizer"), ("prepare", "data.exclude"), ("pretrain", "data.dir"), ("pretrain", "data.dirs"),
         ("pretrain", "base"), ("expert", "data.dir"), ("expert", "data.dirs"), ("expert", "base"),
@@ -279,6 +283,20 @@ def test_every_input_directory_is_looked_at() -> None:
         ("evaluate", "baselines.dense"), ("generate", "model"), ("report", "run"), ("report", "runs"),
         ("pipeline", "pipeline.base"),
     }  # fmt: skip
+
+
+def test_home_is_expanded_in_paths_and_in_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = compose("evaluate", ["model=~/m", "data.dirs={a:~/a,b:/b~/b}", "data.dirs.c=~/c", "output_dir=~/out"])[0]
+    assert (config.model, config.output_dir) == ("/home/someone/m", "/home/someone/out")
+    assert config.data.dirs == {"a": "/home/someone/a", "b": "/b~/b", "c": "/home/someone/c"}
+    assert compose("generate", ["model=m", "prompt=~/ is home"])[0].prompt == "~/ is home"
+
+
+def test_mistakes_in_several_groups_are_told_together() -> None:
+    with pytest.raises(UserError) as raised:
+        compose("pretrain", ["output_dir=x", "model=tiny"])
+    assert "training needs data.dir" in str(raised.value) and "; also: give exactly one of" in str(raised.value)
 
 
 def test_the_table_of_mistakes_covers_every_stage() -> None:

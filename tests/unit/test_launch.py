@@ -51,6 +51,13 @@ def test_the_users_overrides_win_over_the_pipelines_defaults() -> None:
     assert (expert.base, expert.name, expert.output_dir) == ("run/public/model", "math", "run/experts/math")
 
 
+def test_settings_of_the_monitor_that_are_off_are_left_to_the_stage() -> None:
+    assert not [word for word in smoke_nodes()["public"].overrides if "profile" in word or "entity" in word]
+    chosen = ("monitor.profile_steps=[2,3]", "monitor.memory_snapshot=true")
+    monitor = smoke_configs(*chosen)["experts/news"].monitor
+    assert (monitor.profile_steps, monitor.memory_snapshot) == ([2, 3], True)
+
+
 def test_an_owners_own_overrides_come_after_the_shared_ones() -> None:
     shared = "pipeline.expert=[train.steps=1,optim.lr=2e-3,router.init=random,monitor.group=shared]"
     own = "pipeline.owners={math:[title=Sums and proofs,license=CC-BY-4.0,optim.lr=1e-3,name=no,monitor=quiet]}"
@@ -233,15 +240,23 @@ def test_an_output_without_a_record_is_made_again_and_what_lies_beside_it_stays(
     assert {path.name for path in (tmp_path / "expert").rglob("*")} == {"contribution", "weights", "checkpoint"}
 
 
+def test_an_output_that_someone_put_there_is_refused_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "expert/contribution").mkdir(parents=True)
+    launcher = WritingLauncher()
+    with pytest.raises(UserError, match="expert/contribution was not made by this pipeline: move it away"):
+        walk(tmp_path, launcher)
+    assert not launcher.started and (tmp_path / "expert/contribution").is_dir()
+
+
 def test_a_link_is_deleted_and_not_what_it_leads_to(tmp_path: Path) -> None:
     node = Node("whole", "assemble", (), tmp_path / "run/whole")
     (tmp_path / "elsewhere").mkdir()
     node.output.parent.mkdir()
     node.output.symlink_to(tmp_path / "elsewhere")
-    Records(tmp_path / "run").discard(node)
+    Records(tmp_path / "run").begin(node)
     assert not node.output.is_symlink() and (tmp_path / "elsewhere").is_dir()
     with pytest.raises(AssertionError):
-        Records(tmp_path / "run").discard(Node("whole", "assemble", (), tmp_path / "elsewhere"))
+        Records(tmp_path / "run").begin(Node("whole", "assemble", (), tmp_path / "elsewhere"))
 
 
 def test_a_conflict_is_found_behind_a_node_that_must_run(tmp_path: Path) -> None:

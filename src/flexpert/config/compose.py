@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import os
 import types
 import typing
 from pathlib import Path
@@ -156,6 +157,15 @@ def parse_mapping(key: str, text: str, hint: Any) -> dict[str, Any]:
     return result
 
 
+def expand_home(content: Any) -> Any:
+    """Paths with `~/`, which no shell expands behind `key=`."""
+    if isinstance(content, dict):
+        return {name: expand_home(path) for name, path in content.items()}
+    if isinstance(content, list):
+        return [expand_home(path) for path in content]
+    return os.path.expanduser(content) if str(content).startswith("~/") else content
+
+
 def is_text(hint: Any) -> bool:
     return hint in (str, list[str]) or typing.get_origin(hint) is dict
 
@@ -197,12 +207,14 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
         if field.metadata.get("literal"):
             return TextOverride(name, value, literal=True)
         if is_text(hint):
-            return TextOverride(name, parse_text(name, value, hint))
+            content = parse_text(name, value, hint)
+            return TextOverride(name, expand_home(content) if "path" in field.metadata else content)
         return f"{name}={whole_number(value) if hint is int else value}"
-    for parent, (hint, _) in leaves.items():
+    for parent, (hint, field) in leaves.items():
         if typing.get_origin(hint) is dict and name.startswith(f"{parent}."):
             item, item_hint = name.removeprefix(f"{parent}."), typing.get_args(hint)[1]
             content = parse_text(name, value, item_hint if item_hint == list[str] else str)
+            content = expand_home(content) if "path" in field.metadata else content
             return TextOverride(parent, {item: content}, merge=True)
     if name in groups_of(stage):
         check_group_choice(override)
@@ -257,14 +269,19 @@ def missing_keys(content: Any, prefix: str = "") -> list[str]:
     return [prefix.removesuffix(".")] if content == "???" else []
 
 
-def lock_all(config: Any, path: str = "") -> None:
-    """Lock nested groups first, and check each one once its parts are."""
+def lock_all(config: Any) -> list[str]:
+    """Lock nested groups first, and check each one once its parts are; returns what is wrong, one line a group."""
+    mistakes = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, Lockable):
-            lock_all(value, f"{path}{field.name}.")
+            mistakes += lock_all(value)
     config.lock()
-    config.check()
+    try:
+        config.check()
+    except UserError as error:
+        mistakes.append(str(error))
+    return mistakes
 
 
 def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
@@ -305,5 +322,6 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
         raise UserError(one_line(error, stage)) from None
     for override in (override for override in texts if override.literal):
         setattr(config, override.key, override.value)
-    lock_all(config)
+    if mistakes := lock_all(config):
+        raise UserError("; also: ".join(mistakes))
     return config, text

@@ -1,6 +1,7 @@
-"""The input directories of a config, looked at before the stage's module, and PyTorch with it, is imported.
+"""The directories of a config, looked at before the stage's module, and PyTorch with it, is imported.
 
-An option names the kind of directory that it takes: `opt(…, path="model")`. A pipeline composes the configs of stages
+An option names the kind of directory that it takes: `opt(…, path="model")`; or `output`, what a stage writes; or
+`file`, for what the stage itself looks at. A pipeline composes the configs of stages
 whose inputs are still to be made, so composing does not look; the command that starts a stage does.
 """
 
@@ -35,14 +36,28 @@ KINDS = {
 #: What stages write into their output directories, which is easily given in place of these.
 PARTS = ("model", "contribution", "tokenizer", "assembled")
 
+#: Directories that a message proposes at most.
+MOST_GUESSES = 3
+
 
 def check_paths(stage: str, config: Any) -> None:
-    """Raises `UserError` for an option that names a directory which is missing or of another kind than it takes."""
+    """Raises `UserError` for an input directory that is missing or of another kind, an output that cannot be made."""
     for key, (_, field) in leaves_of(stage).items():
-        if "path" in field.metadata:
-            value = functools.reduce(getattr, key.split("."), config)
-            for name, path in named_paths(key, value):
-                check_path(name, Path(path), field.metadata["path"])
+        kind = field.metadata.get("path")
+        for name, path in named_paths(key, functools.reduce(getattr, key.split("."), config)) if kind else []:
+            if kind == "output":
+                check_output(name, Path(path))
+            elif kind in KINDS:
+                check_path(name, Path(path), kind)
+
+
+def check_output(key: str, path: Path) -> None:
+    """Raises `UserError` where what is nearest to `path` and exists is no directory that takes files."""
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(nearest):
+        raise UserError(f"{key}={path} cannot be written: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{key}={path} cannot be written: no permission to write into {nearest}")
 
 
 def named_paths(key: str, value: str | list[str] | dict[str, str] | None) -> list[tuple[str, str]]:
@@ -56,9 +71,8 @@ def check_path(key: str, path: Path, kind: str) -> None:
     if is_a(path, marker):
         return
     nearby = [*(path / part for part in PARTS), path.parent]
-    if kind == "run":
-        nearby += sorted(place.parent for place in path.glob(f"*/{marker}"))
-    meant = next((place for place in nearby if is_a(place, marker)), None)
+    nearby = [place for place in nearby if is_a(place, marker)] or below(path, marker)
+    meant = " or ".join(map(str, nearby[:MOST_GUESSES]))
     found = "a file" if os.path.isfile(path) else next((k.noun for k in KINDS.values() if is_a(path, k.marker)), None)
     if kind == "run" and os.path.isdir(path) and not (meant or found):
         return  # there is a report on what an interrupted run left, whatever that is
@@ -67,6 +81,10 @@ def check_path(key: str, path: Path, kind: str) -> None:
     else:
         fault = f"is {found}, not {noun}" if found else f"is not {noun}, it has no {marker}"
     raise UserError(f"{key}={path} {fault}: {f'did you mean {meant}?' if meant else remedy}")
+
+
+def below(path: Path, marker: str) -> list[Path]:
+    return sorted(place.parent for place in path.glob(f"*/{marker}")) if os.path.isdir(path) else []
 
 
 def is_a(path: Path, marker: str) -> bool:

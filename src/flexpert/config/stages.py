@@ -46,7 +46,7 @@ class TrainingStage(Lockable):
     monitor: MonitorConfig = opt(MonitorConfig, "")
     resume: str = opt("auto", "auto: from the newest checkpoint in output_dir; never: refuse a used output_dir")
     seed: int = opt(0, "the only source of randomness: weights and the order of the data")
-    output_dir: str = opt(MISSING, "where the stage writes")
+    output_dir: str = opt(MISSING, "where the stage writes", path="output")
 
     def check(self) -> None:
         check_choice("resume", self.resume, ("auto", "never"))
@@ -149,7 +149,7 @@ class PrepareConfig(Lockable):
     merge: bool = opt(False, "make one data set of the shards in output_dir, where they are; needs no other key")
     parallel: PrepareParallelConfig = opt(PrepareParallelConfig, "")
     seed: int = opt(0, "seed of demo:NAME")
-    output_dir: str = opt(MISSING, "where the stage writes")
+    output_dir: str = opt(MISSING, "where the stage writes", path="output")
 
     @property
     def part(self) -> tuple[int, int]:
@@ -197,7 +197,7 @@ class AssembleConfig(Lockable):
         None, "experts that run for each token; null: all, or as many as model's where it does not use all"
     )
     max_file_bytes: int = opt(5 << 30, "weights in one file; the trunk and each expert are split where they are larger")
-    output_dir: str = opt(MISSING, "where the assembled model goes")
+    output_dir: str = opt(MISSING, "where the assembled model goes", path="output")
 
     def check(self) -> None:
         require(
@@ -216,7 +216,7 @@ class RemoveConfig(Lockable):
     model: str = opt(MISSING, "assembled model directory", path="model")
     experts: list[str] = opt(MISSING, "ids of the experts to take out")
     record_removed: bool = opt(False, "keep the number (never the names) of removed experts in assembly.json")
-    output_dir: str = opt(MISSING, "where the smaller model goes")
+    output_dir: str = opt(MISSING, "where the smaller model goes", path="output")
 
     def check(self) -> None:
         require(len(self.experts) > 0, "experts=[ID,…] names no expert")
@@ -237,7 +237,7 @@ class EvaluateConfig(Lockable):
     batch_sequences: int = opt(16, "windows in one forward pass")
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     parallel: ParallelConfig = opt(ParallelConfig, "")
-    output_dir: str = opt(MISSING, "where evaluation.json goes")
+    output_dir: str = opt(MISSING, "where evaluation.json goes", path="output")
 
     def check(self) -> None:
         check_positive("", self, "active_experts", "sequence_length", "batch_sequences")
@@ -253,10 +253,11 @@ class GenerateConfig(Lockable):
 
     model: str = opt(MISSING, "model directory, dense or assembled", path="model")
     prompt: str = opt("-", "text to continue; -: read standard input", literal=True)
-    prompt_file: str | None = opt(None, "read the prompt from this file instead")
+    prompt_file: str | None = opt(None, "read the prompt from this file instead", path="file")
     prompts_file: str | None = opt(
         None,
         'many prompts instead: lines {"prompt": TEXT}; prints a line {"prompt": TEXT, "text": CONTINUATION} for each',
+        path="file",
     )
     batch_size: int = opt(8, "prompts of prompts_file that run at a time")
     exclude: list[str] = opt([], "experts to leave out; as if removed")
@@ -284,7 +285,7 @@ class ReportConfig(Lockable):
 
     run: str | None = opt(None, "run directory of a pipeline; give exactly one of this and runs", path="run")
     runs: list[str] = opt([], "two to eight run directories to compare; needs output", path="run")
-    output: str | None = opt(None, "HTML file to write; null: report.html in the run directory")
+    output: str | None = opt(None, "HTML file to write; null: report.html in the run directory", path="file")
     wandb: str | None = opt(
         None, "off, offline, online or auto: W&B is told the results of run; null: as the pipeline's monitor.wandb"
     )
@@ -307,7 +308,7 @@ class PipelineConfig(Lockable):
     launcher: LauncherConfig = opt(LauncherConfig, "")
     monitor: MonitorConfig = opt(MonitorConfig, "")
     seed: int = opt(0, "seed of every stage")
-    output_dir: str = opt("runs/${pipeline.name}", "run directory")
+    output_dir: str = opt("runs/${pipeline.name}", "run directory", path="output")
 
     def check(self) -> None:
         check_seed(self.seed)

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexpert.config.compose import as_typed
 from flexpert.config.stages import PipelineConfig
 from flexpert.errors import UserError
 from flexpert.records import canonical_json, read_record, sha256_file, sha256_hex, write_record
@@ -58,8 +59,11 @@ def monitor_defaults(config: PipelineConfig, own: list[str]) -> list[str]:
     defaults = [f"monitor.group={monitor.group or config.pipeline.name}"]
     if any(override.startswith("monitor=") for override in own):
         return defaults  # Hydra sets keys after groups, whatever the order: they would undo the choice
-    defaults += [f"monitor.{key}={getattr(monitor, key)}" for key in ("log_interval", "wandb", "project")]
-    return defaults + ([f"monitor.entity={monitor.entity}"] if monitor.entity is not None else [])
+    keys = ("log_interval", "wandb", "project", "entity", "profile_steps", "memory_snapshot")
+    values = {key: getattr(monitor, key) for key in keys}
+    return defaults + [
+        f"monitor.{key}={as_typed(value)}" for key, value in values.items() if value not in (None, False)
+    ]
 
 
 def build_graph(config: PipelineConfig) -> list[Node]:
@@ -138,6 +142,10 @@ class Records:
     def path(self, node: Node) -> Path:
         return self.directory / f"{node.name.replace('/', '.')}.json"
 
+    def begun(self, node: Node) -> Path:
+        """A file that says that this pipeline has started the node: what lies at its output is the pipeline's."""
+        return self.path(node).with_suffix(".begun")
+
     def digest(self, node: Node) -> str:
         return sha256_hex(canonical_json(read_record(self.path(node), "flexpert.stage")))
 
@@ -148,11 +156,16 @@ class Records:
         """Names of the nodes that are complete together with all that they need.
 
         Raises:
-            UserError: as `is_complete`, whether what the node needs is complete or not.
+            UserError: as `is_complete`, whether what the node needs is complete or not; an output that is there was
+                not made by this pipeline.
         """
         graph = {node.name: node for node in nodes}
         names: set[str] = set()
         for node in nodes:
+            if node.output.exists() and not (node.always or self.path(node).exists() or self.begun(node).exists()):
+                raise UserError(
+                    f"{node.output} was not made by this pipeline: move it away, or choose another output_dir"
+                )
             if names.issuperset(node.needs):
                 if self.is_complete(node, graph):
                     names.add(node.name)
@@ -188,13 +201,15 @@ class Records:
         advice = f"choose another output_dir, or delete {node.directory} to make it again"
         return UserError(f"{node.output} {what}: {advice}")
 
-    def discard(self, node: Node) -> None:
-        """Delete what an interrupted run left of a node that is about to start: its output or its record.
+    def begin(self, node: Node) -> None:
+        """Delete what an interrupted run left of a node that is about to start, its output or its record.
 
         What a training stage keeps beside its output, and resumes from, stays. So does the output of a node that runs
         always, which replaces it in one piece.
         """
         assert node.output.is_relative_to(self.run) and node.output != self.run, node
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.begun(node).touch()
         self.path(node).unlink(missing_ok=True)
         if node.always:
             return
@@ -204,7 +219,6 @@ class Records:
             node.output.unlink(missing_ok=True)
 
     def write(self, node: Node, graph: dict[str, Node]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         recipe = {"stage": node.stage, "overrides": list(node.overrides), "inputs": self.inputs(node, graph)}
         write_record(self.path(node), "flexpert.stage", {**recipe, "files": output_files(node.output)})
 

@@ -115,7 +115,7 @@ class Walk:
                 print(f"  {node.name}: complete", flush=True)
             elif self.launcher.has_room(node):
                 self.waiting.remove(node)
-                self.records.discard(node)
+                self.records.begin(node)
                 log = self.launcher.start(node)
                 self.running.add(node.name)
                 if not node.always:
