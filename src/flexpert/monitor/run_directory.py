@@ -132,7 +132,7 @@ def read_run(path: Path) -> RunDirectory:
         UserError: the directory does not exist or holds no part of a run, or a file in it cannot be read.
     """
     if not path.is_dir():
-        raise UserError(f"run={path} is not a directory: give the run directory of a `flexpert pipeline`")
+        raise UserError(f"{path} is not a directory: give the run directory of a `flexpert pipeline`")
     pipeline = read_yaml(path / "pipeline.yaml")
     planned = list(pipeline["pipeline"]["experts"]) if pipeline is not None else []
     found = {name for folder in ("experts", "dense") for name in subdirectories(path / folder)}
@@ -165,7 +165,7 @@ def read_run(path: Path) -> RunDirectory:
     )
     parts = (run.pipeline, run.data, run.trainings, run.contributions, run.model, run.assembly, run.evaluation)
     if not any(parts):
-        raise UserError(f"run={path} holds no part of a run: give the run directory of a `flexpert pipeline`")
+        raise UserError(f"{path} holds no part of a run: give the run directory of a `flexpert pipeline`")
     return run
 
 
