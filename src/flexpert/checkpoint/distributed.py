@@ -30,10 +30,14 @@ STEP_NAME = re.compile(r"step-(\d{9})")
 
 def trained_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Trained parameters and their optimiser state; what is frozen is the base's, and is not saved again."""
+    is_untouched = not optimizer.state
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options = StateDictOptions(ignore_frozen_params=True)
         optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
+    if is_untouched:  # PyTorch has filled it, by a step that moves nothing and that AdamW counts all the same
+        for state in optimizer.state.values():
+            state["step"].zero_()
     parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {"model": parameters, "optimizer": optimizer_state}
 

@@ -19,6 +19,7 @@ from flexpert.monitor.jsonl import MetricsLog
 from flexpert.monitor.progress import TrainingProgress
 from flexpert.monitor.wandb import WandbRun, wandb_mode
 from flexpert.stage import comparable
+from flexpert.train.compilation import eagerly
 
 if TYPE_CHECKING:
     from flexpert.train.loop import Trainer
@@ -39,7 +40,10 @@ class Callback:
 
 
 class ValidLoss(Callback):
-    """Mean negative log-likelihood over some sequences of the valid split, always the same, every `interval` steps."""
+    """Mean negative log-likelihood over some sequences of the valid split, always the same, every `interval` steps.
+
+    It counts the tokens that training would: those that carry no loss are left out.
+    """
 
     def __init__(self, windows: TokenWindows, interval: int, num_sequences: int) -> None:
         self.windows, self.interval = windows, interval
@@ -50,12 +54,12 @@ class ValidLoss(Callback):
             return
         total, num_targets = 0.0, 0
         size = trainer.config.train.microbatch_sequences
-        with torch.no_grad():
+        with torch.no_grad(), eagerly(trainer.compiled):
             for start in range(0, self.num_sequences, size):
                 sequences = self.windows.sequences(start, min(size, self.num_sequences - start))
                 total += trainer.losses(sequences).nll.item()
                 num_targets += int((sequences[:, 1:] >= 0).sum())  # a negative id marks one that is not predicted
-        row["valid_loss"] = total / max(1, num_targets)
+        row["valid_loss"] = total / num_targets if num_targets else math.nan
 
 
 class Utilisation(Callback):
@@ -108,7 +112,8 @@ class Checkpoints(Callback):
 
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         if trainer.step % self.interval == 0 or trainer.step == trainer.num_steps:
-            extra = {"skipped_steps": trainer.skipped_steps, "inputs": trainer.inputs}
+            counters = {"skipped_steps": trainer.skipped_steps, "skipped_in_a_row": trainer.skipped_in_a_row}
+            extra = {**counters, "inputs": trainer.inputs}
             distributed.save(self.directory, trainer.step, trainer.model, trainer.optimizer, extra)
             distributed.retain(self.directory, self.keep)
 

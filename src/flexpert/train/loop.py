@@ -16,11 +16,13 @@ from flexpert.checkpoint import distributed
 from flexpert.config.stages import TrainingStage
 from flexpert.data.dataset import DataManifest, TokenWindows, document_ids, targets_of
 from flexpert.data.mixture import MixedWindows, mixture_digests, training_windows
+from flexpert.data.prefetch import Prefetch
 from flexpert.errors import UserError
 from flexpert.lock import exclusive
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.train.callbacks import Callback, Checkpoints, Records, Utilisation, ValidLoss, diagnostics
+from flexpert.train.compilation import compiled, compiles
 from flexpert.train.optimizer import build_optimizer, project_biases, set_learning_rate
 
 #: Steps in a row without a finite loss and gradient after which a run stops.
@@ -72,12 +74,14 @@ class Trainer:
         self.windows = windows or training_windows(
             config.data, config.train.sequence_length, config.seed, num_sequences
         )
+        self.prefetch = Prefetch(self.windows, config.train.batch_sequences, self.num_steps, pin=device.type == "cuda")
+        self.compiled = compiles(config.train, model, device)
         self.inputs = {"data": manifest.digest, **mixture_digests(config.data), **(inputs or {})}
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
         if config.train.evaluation_interval is not None:
-            valid = TokenWindows(manifest.directory, "valid", config.train.sequence_length, config.seed)
-            sequences = config.train.evaluation_sequences
+            length, sequences = config.train.sequence_length, config.train.evaluation_sequences
+            valid = TokenWindows(manifest.directory, "valid", length, config.seed, loss_mask=True)
             self.callbacks.append(ValidLoss(valid, config.train.evaluation_interval, sequences))
         self.callbacks += [Utilisation(), Records(stage, self.output, config.monitor, resolved)]
         if config.checkpoint.interval is not None:
@@ -96,6 +100,7 @@ class Trainer:
                 if record["inputs"].get(name) != digest:
                     raise UserError(f"{self.output} was begun with another {name}: choose another output_dir")
             self.step, self.skipped_steps = record["step"], record["skipped_steps"]
+            self.skipped_in_a_row = record.get("skipped_in_a_row", 0)  # older checkpoints lack it
             print(f"resuming {self.output} from step {self.step}", flush=True)
 
     def run(self) -> None:
@@ -112,10 +117,11 @@ class Trainer:
                 callback.before_run(self)
             failed = True
             try:
-                while self.step < self.num_steps:
-                    row = self.optimizer_step()
-                    for callback in self.callbacks:
-                        callback.after_step(self, row)
+                with compiled(self.model, self.compiled), self.prefetch:
+                    while self.step < self.num_steps:
+                        row = self.optimizer_step()
+                        for callback in self.callbacks:
+                            callback.after_step(self, row)
                 failed = False
             finally:
                 for callback in self.callbacks:
@@ -155,7 +161,7 @@ class Trainer:
         started = time.perf_counter()
         config, train = self.config, self.config.train
         lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
-        sequences = self.windows.sequences(self.step * train.batch_sequences, train.batch_sequences)
+        sequences = self.prefetch.take(self.step)
         num_targets = max(1, int((sequences[:, 1:] >= 0).sum()))
         sums = torch.zeros(3, device=self.device)
         for start in range(0, len(sequences), train.microbatch_sequences):
