@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EMBED = ["sentence-transformers>=5,<7"]
+EMBED = ["sentence-transformers>=6,<7"]
 TEST = [
     "megatron-core==0.16.1",
     "mypy>=1.18,<3",

@@ -17,7 +17,7 @@ from flexpert.errors import UserError
 #: Current schema version of each kind of record.
 SCHEMA_VERSIONS = {
     "flexpert.data": 1,
-    "flexpert.contribution": 1,
+    "flexpert.contribution": 2,
     "flexpert.assembly": 2,
     "flexpert.evaluation": 1,
     "flexpert.checkpoint": 1,

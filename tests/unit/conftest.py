@@ -164,8 +164,8 @@ def forge_contribution() -> Callable[..., Path]:
             "files": [entry],
             "tensors": {name: digest.to_json() for name, digest in digests.items()},
         } | changes
-        digest = contribution_digest(record["id"], record["base_digest"], digests)
-        write_record(directory / "contribution.json", "flexpert.contribution", {"digest": digest} | record)
+        record = {"digest": contribution_digest(record)} | record
+        write_record(directory / "contribution.json", "flexpert.contribution", record)
         return directory
 
     return forge

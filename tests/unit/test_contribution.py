@@ -1,6 +1,7 @@
 """A contribution says what it is, and anything that is wrong with one reads as one line."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toy import train
 
 from flexpert.checkpoint.digest import base_digest
 from flexpert.checkpoint.directory import ModelDirectory
@@ -71,7 +74,8 @@ def test_the_digest_ignores_how_tensors_are_spread_over_files(
     contribution: Path, shared_base: Path, forge_contribution: Maker, tmp_path: Path
 ) -> None:
     tensors = load_file(contribution / "expert.safetensors")
-    directory = forge_contribution(tmp_path / "spread", shared_base, tensors, id="math")
+    identity = {"id": "math", "title": "Owner of MATH", "license": "LicenseRef-math"}
+    directory = forge_contribution(tmp_path / "spread", shared_base, tensors, **identity)
     files = []
     for index, names in enumerate((list(tensors)[:5], list(tensors)[5:])):
         path = directory / f"part-{index}.safetensors"
@@ -80,6 +84,63 @@ def test_the_digest_ignores_how_tensors_are_spread_over_files(
     edit_record(directory, files=files)
     (directory / "expert.safetensors").unlink()
     assert verify(directory).digest == read_contribution(contribution).digest
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_number_that_leaves_the_owner_is_in_the_list(
+    bias: bool, shared_base: Path, make_contribution: Maker, tmp_path: Path
+) -> None:
+    directory = make_contribution(tmp_path / "math", shared_base, bias=bias)
+    contents = json.loads((directory / "contribution.json").read_text())["contents"]
+    assert {line.split(":")[0] for line in contents} == {path.name for path in directory.iterdir()}
+    listed = 0
+    for line in contents:
+        if factors := re.search(r"(\d+(?: x \d+)*) numbers", line):
+            listed += math.prod(map(int, factors[1].split(" x ")))
+    assert listed == sum(tensor.numel() for tensor in load_file(directory / "expert.safetensors").values())
+
+
+STARTS = {
+    "stream": (
+        ["router.init=discriminant", "router.bias=true"],
+        {"bias": True, "init": "discriminant", "embedding": "stream", "projection": "none", "documents": 8}
+        | {"public_text": True},
+        "started from means over 8 of the owner's documents",
+    ),
+    "file": (
+        ["router.embedding=secret.npy", "router.public_embedding=secret.npy", "router.projection=random"],
+        {"bias": False, "init": "mean", "embedding": "file", "projection": "random", "documents": None}
+        | {"public_text": False},
+        "started from a vector that the owner gave",
+    ),
+    "random": (
+        ["router.init=random"],
+        {"bias": False, "init": "random", "embedding": None, "projection": "none", "documents": None}
+        | {"public_text": False},
+        "started as: random",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_contribution_says_how_its_rows_started_and_names_no_path(
+    kind: str, road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, facts, words = STARTS[kind]
+    monkeypatch.chdir(tmp_path)
+    np.save("secret.npy", np.arange(7.0))
+    data = [f"base={road}/public/model", f"data.dir={road}/data/letters", f"public_data={road}/data/public"]
+    training = ["router.documents=8", "router.init=mean", "train.steps=2", "output_dir=run"]
+    given = {setting.split("=")[0] for setting in settings}
+    defaults = [setting for setting in training if setting.split("=")[0] not in given]
+    train("expert", *data, *defaults, *settings, "name=letters")
+    text = (tmp_path / "run/contribution/contribution.json").read_text()
+    record = json.loads(text)
+    assert record["router"] == facts
+    assert any(words in line for line in record["contents"])
+    assert record["contents"][-1].endswith("of the training: steps, tokens, public_share, calibration_steps")
+    for private in ("secret", str(road), str(tmp_path), "letters_texts", "data/letters"):
+        assert private not in text
 
 
 @pytest.mark.parametrize("expert_id", ["public", "", "Math", "1math", "-math", "ma th", "../math", "math\n", "a" * 65])
@@ -191,7 +252,7 @@ def test_a_wrong_tensor_is_refused_by_name(
     # The record of a good contribution does not help.
     record = json.loads((contribution / "contribution.json").read_text())
     file = json.loads((directory / "contribution.json").read_text())["files"]
-    edit_record(directory, tensors=record["tensors"], digest=record["digest"], id="math", files=file)
+    edit_record(directory, **record | {"files": file})
     with refused(directory, repr(changed[0]), message):
         verify(directory)
 
@@ -234,7 +295,16 @@ def test_an_altered_record_is_noticed(contribution: Path, refused: Refused) -> N
     record = json.loads((contribution / "contribution.json").read_text())
     other = "sha256:" + "0" * 64
     tensors = record["tensors"] | {UP: record["tensors"][UP] | {"sha256": "0" * 64}}
-    for change in ({"id": "news"}, {"base_digest": other}, {"tensors": tensors}, {"digest": other}):
+    changes: list[dict[str, Any]] = [
+        {"id": "news"},
+        {"title": "Another owner"},
+        {"license": None},
+        {"base_digest": other},
+        {"architecture": record["architecture"] | {"rope_theta": 1.5}},
+        {"tensors": tensors},
+        {"digest": other},
+    ]
+    for change in changes:
         edit_record(contribution, **change)
         with refused(contribution / "contribution.json", "altered"):
             read_contribution(contribution)
@@ -278,7 +348,8 @@ RECORD = json.loads('{"sha256": "%s", "name": "expert.safetensors", "bytes": 1}'
         {"tensors": {UP: {"dtype": "F32", "shape": [1], "sha256": None}}},
         {"digest": None},
         {"kind": "flexpert.assembly"},
-        {"schema_version": 2},
+        {"schema_version": 1},
+        {"schema_version": 3},
     ],
     ids=lambda change: re.sub(r"\W+", "-", str(change))[:50],
 )

@@ -1,7 +1,7 @@
-"""How a router row starts, against independent computations: a loop over documents in fp64, NumPy, transformers."""
+"""How a router row starts, against independent computations: a loop over documents in fp64, NumPy."""
 
 import copy
-import json
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from flexpert.config.groups import ModelConfig, RouterConfig
 from flexpert.data import embed
-from flexpert.data.embed import RANDOM_STD, RIDGE, RouterStart, router_start
+from flexpert.data.embed import RANDOM_STD, RIDGE, RouterStart, random_projection, router_start
 from flexpert.data.indexed import IndexedTokens, IndexedWriter
-from flexpert.data.tokenizer import load_tokenizer, train_tokenizer
+from flexpert.data.tokenizer import train_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.attention import rotary_tables
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
@@ -99,7 +99,9 @@ def start(
 ) -> RouterStart:
     config = RouterConfig(**settings)  # type: ignore[arg-type]
     config.check()
-    return router_start(model, config, data.own, public or data.public, MAX_TOKENS, seed, name)
+    device = torch.device("cpu")
+    public = public or data.public
+    return router_start(config, model.config, lambda: model, data.own, public, MAX_TOKENS, seed, name, device)
 
 
 def close(result: torch.Tensor, expected: Matrix, relative: float = 1e-4) -> None:
@@ -226,6 +228,41 @@ def test_the_model_is_left_as_it_was(model: Transformer, data: DataSets) -> None
     assert not any(block.feed_forward._forward_pre_hooks for block in model.blocks)  # type: ignore[union-attr]
 
 
+def test_one_stream_is_held_at_a_time(model: Transformer, data: DataSets) -> None:
+    """Watched by weak references, from hooks that run before those of the statistics."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal most
+        held.append(weakref.ref(inputs[0]))
+        most = max(most, sum(stream() is not None for stream in held))
+
+    handles = [block.feed_forward.register_forward_pre_hook(count) for block in model.blocks]  # type: ignore[union-attr]
+    start(model, data, init="mean")
+    for handle in handles:
+        handle.remove()
+    assert len(held) == 2 * LAYERS * 3  # own and public, 45 documents in batches of 16
+    assert most == 1
+
+
+@pytest.mark.parametrize("init", ["random", "mean"])
+def test_the_public_model_is_not_loaded_where_its_stream_is_not_read(
+    init: str, model: Transformer, data: DataSets, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "v.npy", np.ones(WIDTH))
+    config = RouterConfig(init=init, embedding=str(tmp_path / "v.npy"), public_embedding=str(tmp_path / "v.npy"))
+
+    def load() -> Transformer:
+        raise AssertionError("the public model was loaded")
+
+    device = torch.device("cpu")
+    result = router_start(config, model.config, load, data.own, None, MAX_TOKENS, 0, "a", device)
+    assert result.rows.shape == (LAYERS, WIDTH)
+    with pytest.raises(AssertionError, match="was loaded"):
+        router_start(RouterConfig(), model.config, load, data.own, data.public, MAX_TOKENS, 0, "a", device)
+
+
 def test_random_differs_between_owners_of_one_seed(model: Transformer, data: DataSets) -> None:
     first, other = (start(model, data, 1, name, init="random").rows for name in ("a", "b"))
     assert not torch.equal(first, other)
@@ -259,8 +296,69 @@ def test_a_vector_of_another_shape_is_refused(
 ) -> None:
     path = tmp_path / "v.npy"
     np.save(path, np.ones(shape))
-    with pytest.raises(UserError, match=rf"v\.npy has shape .*width {WIDTH}"):
-        start(model, data, init="mean", embedding=str(path), public_embedding=str(path))
+    vectors = {"embedding": str(path), "public_embedding": str(path)}
+    with pytest.raises(UserError, match=rf"v\.npy: .* shape .*width {WIDTH}.* or set router\.projection=random"):
+        start(model, data, init="mean", **vectors)
+    if shape != (WIDTH + 1,):
+        with pytest.raises(UserError, match=rf"v\.npy: .* shape .*width {WIDTH}"):
+            start(model, data, init="mean", projection="random", **vectors)
+
+
+@pytest.mark.parametrize("source", [1, WIDTH - 7, WIDTH, 5 * WIDTH])
+@pytest.mark.parametrize("init", ["mean", "unit_mean"])
+@pytest.mark.parametrize("layers", [(), (LAYERS,)])
+def test_vectors_of_another_width_are_projected(
+    source: int, init: str, layers: tuple[int, ...], model: Transformer, data: DataSets, tmp_path: Path
+) -> None:
+    matrix = np.random.RandomState(0).normal(0, WIDTH**-0.5, (source, WIDTH))
+    own, public = np.random.default_rng(2).normal(size=(2, *layers, source))
+    np.save(tmp_path / "own.npy", own)
+    np.save(tmp_path / "public.npy", public)
+    vectors = {"embedding": str(tmp_path / "own.npy"), "public_embedding": str(tmp_path / "public.npy")}
+    result = start(model, data, init=init, projection="random", **vectors)
+    own, public = own @ matrix, public @ matrix
+    if init == "unit_mean":
+        own, public = (vector / np.linalg.norm(vector, axis=-1, keepdims=True) for vector in (own, public))
+    close(result.rows, np.broadcast_to(own - public, (LAYERS, WIDTH)), relative=1e-5)
+
+
+def test_vectors_of_two_widths_are_not_projected(model: Transformer, data: DataSets, tmp_path: Path) -> None:
+    for name, width in (("own", 7), ("public", 9)):
+        np.save(tmp_path / f"{name}.npy", np.ones(width))
+    vectors = {"embedding": str(tmp_path / "own.npy"), "public_embedding": str(tmp_path / "public.npy")}
+    with pytest.raises(UserError, match=r"own\.npy: a vector has shape \[9\].*give vectors \[7\] or \[3, 7\]$"):
+        start(model, data, init="mean", projection="random", **vectors)
+
+
+def test_the_projection_is_the_same_for_all_and_for_good() -> None:
+    """Another matrix would make the rows of owners with different versions incomparable."""
+    matrix = random_projection(3, 4)
+    assert matrix.shape == (3, 4)
+    assert (2 * matrix).flatten()[[0, 1, 5, 11]].tolist() == pytest.approx([1.764052, 0.400157, -0.977278, 1.454274])
+    state = torch.get_rng_state()
+    assert torch.equal(matrix, random_projection(3, 4))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("source", "target"), [(384, 1024), (1024, 384), (30, 500)])
+def test_a_projection_keeps_lengths_and_inner_products(source: int, target: int) -> None:
+    """Johnson–Lindenstrauss: the squared length's relative error has mean 0 and deviation √(2/target)."""
+    vectors = torch.randn(300, source, generator=torch.Generator().manual_seed(0))
+    vectors /= vectors.norm(dim=1, keepdim=True)
+    errors = (vectors @ random_projection(source, target)) @ (vectors @ random_projection(source, target)).T
+    errors -= vectors @ vectors.T
+    deviation = (2 / target) ** 0.5
+    assert errors.diagonal().abs().mean() < 1.5 * deviation
+    assert errors.abs().max() < 5 * deviation
+
+
+def test_a_projection_goes_with_vectors_from_elsewhere() -> None:
+    for settings in ({}, {"init": "random", "embedding": "folder"}):
+        with pytest.raises(UserError, match=r"router\.projection=random goes with"):
+            RouterConfig(projection="random", **settings).check()  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"router\.projection=other is not one of none, random"):
+        RouterConfig(projection="other").check()
+    RouterConfig(projection="random", embedding="folder").check()
 
 
 def test_a_file_that_is_no_vector_is_refused(model: Transformer, data: DataSets, tmp_path: Path) -> None:
@@ -277,76 +375,6 @@ def test_a_file_that_is_no_vector_is_refused(model: Transformer, data: DataSets,
     refused()
     np.save(path, np.full(WIDTH, "text"))
     refused()
-
-
-@pytest.fixture(scope="module")
-def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random sentence-transformers model of the stream's width: BERT and mean pooling."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    directory = tmp_path_factory.mktemp("sentence") / "model"
-    transformer = directory / "0_Transformer"
-    transformer.mkdir(parents=True)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "seven", "plus", "eleven", "is", "18", "rain", "in", "the"]
-    BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}).save_pretrained(transformer)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        initializer_range=0.5,
-    )
-    BertModel(config).save_pretrained(transformer)
-    pooling = directory / "1_Pooling"
-    pooling.mkdir()
-    (pooling / "config.json").write_text(
-        json.dumps({"word_embedding_dimension": WIDTH, "pooling_mode_mean_tokens": True})
-    )
-    modules = [
-        {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    (directory / "modules.json").write_text(json.dumps(modules))
-    return directory
-
-
-@torch.no_grad()
-def mean_embedding(sentence_model: Path, directory: Path) -> Matrix:
-    """One text at a time through transformers, mean over its tokens, mean over texts."""
-    from transformers import BertModel, BertTokenizerFast
-
-    bert = BertModel.from_pretrained(sentence_model / "0_Transformer").eval()
-    words = BertTokenizerFast.from_pretrained(sentence_model / "0_Transformer")
-    tokenizer = load_tokenizer(directory / "tokenizer")
-    texts = [tokenizer.decode(document[:-1]) for document in documents(directory)]
-    vectors = [bert(**words(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy() for text in texts]
-    return np.mean(vectors, axis=0)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_sentence_transformers_directory_embeds_the_texts(
-    sentence_model: Path, model: Transformer, data: DataSets
-) -> None:
-    rows = start(model, data, init="mean", embedding=str(sentence_model)).rows
-    expected = mean_embedding(sentence_model, data.own) - mean_embedding(sentence_model, data.public)
-    close(rows, np.tile(expected, (LAYERS, 1)))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_sentence_transformers_model_of_another_width_is_refused(sentence_model: Path, data: DataSets) -> None:
-    config = ModelConfig(hidden_size=WIDTH * 2, num_layers=1, num_heads=4, intermediate_size=8, vocab_size=320)
-    wide = build_on_meta(config).to_empty(device="cpu")
-    with pytest.raises(UserError, match=rf"has shape \[{WIDTH}\].*width {WIDTH * 2}"):
-        start(wide, data, init="mean", embedding=str(sentence_model))
-
-
-def test_a_directory_that_is_no_sentence_transformers_model_is_refused(
-    model: Transformer, data: DataSets, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match="is not a sentence-transformers directory"):
-        start(model, data, init="mean", embedding=str(tmp_path))
 
 
 @pytest.mark.parametrize("init", ["mean", "unit_mean", "discriminant"])

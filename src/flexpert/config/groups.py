@@ -290,8 +290,14 @@ class TrainConfig(Lockable):
     evaluation_interval: int | None = opt(None, "steps between two evaluations on the valid split; null: none")
     evaluation_sequences: int = opt(64, "sequences of one such evaluation")
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
+    compile: str = opt(
+        "auto",
+        "true, false, or auto: compile the model where the run is long enough to earn back half a minute (above 1e14 "
+        "operations on a CPU, 1e17 on a GPU) and there is a C++ compiler, for a GPU Triton",
+    )
 
     def check(self) -> None:
+        check_choice("train.compile", self.compile, ("auto", "true", "false"))
         check_positive("train", self, "steps", "tokens", "batch_tokens", "sequence_length", "microbatch_sequences")
         check_positive("train", self, "loss_chunk_tokens", "evaluation_interval", "evaluation_sequences")
         check_not_negative("train", self, "z_loss", "router_z_loss")
@@ -333,9 +339,18 @@ class RouterConfig(Lockable):
 
     init: str = opt("mean", "mean, unit_mean, discriminant or random")
     embedding: str = opt(
-        "stream", "stream: the public model's own at every layer; a sentence-transformers directory; or a .npy vector"
+        "stream",
+        "stream: the public model's own at every layer; a sentence-transformers directory; or a .npy vector",
+        path="file",
     )
-    public_embedding: str | None = opt(None, "the public documents' .npy vector, where router.embedding is one")
+    public_embedding: str | None = opt(
+        None, "the public documents' .npy vector, where router.embedding is one", path="file"
+    )
+    projection: str = opt(
+        "none",
+        "how vectors get the model's width; none: they have it or are refused; random: by a Gaussian random "
+        "projection, the same for every owner",
+    )
     documents: int = opt(1000, "documents that the statistics are taken from, own and public each")
     bias: bool = opt(False, "train a bias, at most 0; the assembled model then needs Flexpert to load it")
     calibration_steps: int = opt(
@@ -350,15 +365,28 @@ class RouterConfig(Lockable):
         share = self.calibration_public_share
         require(0 < share < 1, f"router.calibration_public_share={share} must lie between 0 and 1")
         require(self.calibration_steps >= 0, f"router.calibration_steps={self.calibration_steps} must not be negative")
-        is_vector = self.embedding.endswith(".npy")
+        check_choice("router.projection", self.projection, ("none", "random"))
         if self.init == "discriminant":
             require(self.embedding == "stream", "router.init=discriminant needs router.embedding=stream")
-        if is_vector and self.init != "random":
+        if self.source == "file":
             require(self.public_embedding is not None, "router.embedding=FILE.npy needs router.public_embedding")
+        require(
+            self.projection == "none" or self.source in ("file", "sentence-transformers"),
+            f"router.projection={self.projection} goes with vectors from elsewhere: router.embedding=DIR or FILE.npy",
+        )
+
+    @property
+    def source(self) -> str | None:
+        """The kind of embedding that the start is computed from, without its path; None: it is random."""
+        if self.init == "random":
+            return None
+        if self.embedding == "stream":
+            return "stream"
+        return "file" if self.embedding.endswith(".npy") else "sentence-transformers"
 
     @property
     def needs_public_text(self) -> bool:
-        return self.init != "random" and not self.embedding.endswith(".npy")
+        return self.source in ("stream", "sentence-transformers")
 
 
 @dataclass
@@ -368,6 +396,7 @@ class PrepareDataConfig(Lockable):
     documents: str | None = opt(
         None,
         "glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or text files, each of which is one document; or demo:NAME",
+        path="file",
     )
     text_field: str = opt("text", "field of a JSON line or parquet row that holds the text")
     prompt_field: str | None = opt(
@@ -381,9 +410,11 @@ class PrepareDataConfig(Lockable):
     )
     exclude: list[str] = opt([], "data sets whose held-out documents are kept out of the train split", path="data")
     tokens: str | None = opt(
-        None, "instead of data.documents, existing token files, used where they are: glob of raw .npy or Megatron files"
+        None,
+        "instead of data.documents, existing token files, used where they are: glob of raw .npy or Megatron files",
+        path="file",
     )
-    valid_tokens: str | None = opt(None, "the held-out ones of such files; null: all are for training")
+    valid_tokens: str | None = opt(None, "the held-out ones of such files; null: all are for training", path="file")
     token_dtype: str | None = opt(None, "type of the ids in raw files without a header: uint16, uint32, int32 or int64")
     license: str | None = opt(None, "licence of the text, as an SPDX expression; kept in the manifest")
     answer_marker: str | None = opt(None, "text before the final answer of a document; evaluation scores what follows")

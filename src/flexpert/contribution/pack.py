@@ -43,7 +43,7 @@ def pack(
         identity: whose expert it is.
         base_digest: `checkpoint.digest.base_digest` of the public model that was frozen beside it.
         architecture: that of the public model.
-        router: "bias" (bool) and "init" (str, how the rows started).
+        router: "bias" (bool), "init" (str, how the rows started) and the rest of `Contribution.router`.
         training: facts worth keeping, such as steps and tokens.
 
     Returns:

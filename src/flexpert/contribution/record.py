@@ -24,6 +24,9 @@ TENSORS_NAME = "expert.safetensors"
 #: How the names of the files of a large expert end; as ids, they could name another expert's file.
 PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}$")
 
+#: What a contribution's digest covers; the rest is for people, and how the tensors lie in files.
+DIGESTED = ("id", "title", "license", "base_digest", "architecture", "tensors")
+
 #: The id of the public model's own FFN in an assembled model.
 PUBLIC_ID = "public"
 
@@ -81,11 +84,9 @@ def expert_shapes(architecture: Architecture, bias: bool) -> dict[str, tuple[int
     return shapes
 
 
-def contribution_digest(expert_id: str, base_digest: str, tensors: Mapping[str, TensorDigest]) -> str:
-    """The identity of a contribution: its id, its base and its tensors, however they are spread over files."""
-    entries = {name: digest.to_json() for name, digest in tensors.items()}
-    content = {"id": expert_id, "base_digest": base_digest, "tensors": entries}
-    return "sha256:" + sha256_hex(canonical_json(content))
+def contribution_digest(record: Mapping[str, Any]) -> str:
+    """What a contribution is: whose, for which public model, which tensors, however they are spread over files."""
+    return "sha256:" + sha256_hex(canonical_json({key: record[key] for key in DIGESTED}))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Contribution:
         base_digest: the public model that it was trained against.
         architecture: the public model's, which is the expert's too.
         dtype: of every tensor; one of `STORED_DTYPES`.
-        router: "bias" (bool) and "init" (how the rows started).
+        router: "bias" (bool) and "init" (how the rows started); for people also "embedding" (its kind), "projection",
+            "documents" (how many of the owner's were read for it) and "public_text" (whether that was read).
         training: facts about the training, such as steps and tokens; for people.
         files: the safetensors files.
         tensors: name → digest.
@@ -120,13 +122,43 @@ class Contribution:
 
     @property
     def digest(self) -> str:
-        return contribution_digest(self.identity.id, self.base_digest, self.tensors)
+        return contribution_digest(self._content())
+
+    @property
+    def contents(self) -> list[str]:
+        """What leaves the owner with it, for people to read."""
+        shape = self.architecture
+        L, D, F = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
+        lines = [
+            f"{TENSORS_NAME}: trained weights of the feed-forward network, {L} x 3 x {D} x {F} numbers ({self.dtype})",
+            f"{TENSORS_NAME}: trained router rows, {L} x {D} numbers, {self._row_origin()}",
+            f"{RECORD_NAME}: id, title and licence; digest and architecture of the public model; hashes of the tensors",
+            f"{RECORD_NAME}: how the router rows started; of the training: {', '.join(self.training) or 'nothing'}",
+        ]
+        if self.has_bias:
+            lines.insert(2, f"{TENSORS_NAME}: trained router biases, {L} numbers")
+        return lines
+
+    def _row_origin(self) -> str:
+        count = self.router.get("documents")
+        match self.router.get("embedding"):
+            case "stream":
+                return f"started from means over {count} of the owner's documents, as the public model reads them"
+            case "sentence-transformers":
+                return f"started from means over {count} of the owner's documents' sentence embeddings"
+            case "file":
+                return "started from a vector that the owner gave"
+        return f"started as: {self.router['init']}"
 
     def to_json(self) -> dict[str, Any]:
+        return self._content() | {"digest": self.digest}
+
+    def _content(self) -> dict[str, Any]:
         return {
             "id": self.identity.id,
             "title": self.identity.title,
             "license": self.identity.license,
+            "contents": self.contents,
             "base_digest": self.base_digest,
             "architecture": self.architecture.to_json(),
             "dtype": self.dtype,
@@ -134,5 +166,4 @@ class Contribution:
             "training": dict(self.training),
             "files": [file.to_json() for file in self.files],
             "tensors": {name: digest.to_json() for name, digest in self.tensors.items()},
-            "digest": self.digest,
         }

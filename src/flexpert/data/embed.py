@@ -8,22 +8,28 @@ Shapes: L layers, D residual width.
 """
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexpert.config.groups import RouterConfig
+from flexpert.config.groups import ModelConfig, RouterConfig
 from flexpert.data.indexed import IndexedTokens
 from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer
 
 BATCH_DOCUMENTS = 16
+#: Texts that are held at a time; the embedder sorts them by length before it makes batches of them.
+ENCODED_TEXTS = 16 * BATCH_DOCUMENTS
 RANDOM_STD = 0.02
+PROJECTION_SEED = 0
 #: Ridge of the discriminant, as a share of the mean variance: chosen on development text of the demo.
 RIDGE = 0.1
 
@@ -51,10 +57,15 @@ class StreamStatistics:
     token_covariance: Tensor | None
 
 
+def sample_size(directory: Path, count: int) -> int:
+    """How many documents `sample_documents` yields."""
+    return min(count, len(IndexedTokens(directory / "train")))
+
+
 def sample_documents(directory: Path, count: int) -> Iterator[np.ndarray]:
     """Up to `count` training documents, evenly spread over the data set."""
     source = IndexedTokens(directory / "train")
-    for index in np.unique(np.linspace(0, len(source) - 1, num=min(count, len(source))).astype(int)):
+    for index in np.linspace(0, len(source) - 1, num=min(count, len(source))).astype(int):
         yield source.document(int(index))
 
 
@@ -77,32 +88,30 @@ def stream_statistics(
     token_sum = torch.zeros_like(document_sum)
     square_sum = document_sum.new_zeros(*document_sum.shape, config.hidden_size) if covariance else None
     num_documents = num_tokens = 0
-    streams: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> torch.utils.hooks.RemovableHandle:
+    def sum_over(layer: int) -> torch.utils.hooks.RemovableHandle:
         def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            streams[layer] = inputs[0]
+            # Summed here and not after the pass, so that one layer's stream is held at a time.
+            stream = (inputs[0] * valid[..., None]).double()
+            document_sum[layer] += (stream.sum(1) / lengths[:, None]).sum(0)
+            token_sum[layer] += stream.sum((0, 1))
+            if square_sum is not None:
+                flat = stream.flatten(0, 1)
+                square_sum[layer] += flat.T @ flat
 
         return model.blocks[layer].feed_forward.register_forward_pre_hook(hook)  # type: ignore[union-attr]
 
-    handles = [keep(layer) for layer in range(config.num_layers)]
     documents = [document[:max_tokens] for document in sample_documents(directory, count)]
     documents.sort(key=len)  # batches of about equal length
+    handles = [sum_over(layer) for layer in range(config.num_layers)]
     for start in range(0, len(documents), BATCH_DOCUMENTS):
         batch = documents[start : start + BATCH_DOCUMENTS]
         tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
         for row, document in enumerate(batch):
             tokens[row, : len(document)] = torch.from_numpy(document)
         lengths = torch.tensor([len(document) for document in batch], device=device)
-        model(tokens.to(device))  # causal: the padding on the right does not reach what is kept
         valid = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-        for layer, stream in streams.items():
-            masked = stream.double() * valid[..., None]
-            document_sum[layer] += (masked.sum(1) / lengths[:, None]).sum(0)
-            token_sum[layer] += masked.sum((0, 1))
-            if square_sum is not None:
-                flat = masked.flatten(0, 1)
-                square_sum[layer] += flat.T @ flat
+        model(tokens.to(device))  # causal: the padding on the right does not reach what is summed
         num_documents += len(batch)
         num_tokens += int(lengths.sum())
     for handle in handles:
@@ -138,17 +147,50 @@ def discriminant(own: StreamStatistics, public: StreamStatistics, bias: bool) ->
     return RouterStart(torch.stack(rows).float(), torch.stack(biases).float())
 
 
-def sentence_embedding(model_dir: Path, directory: Path, count: int) -> Tensor:
-    """Mean embedding [D] of a data set's documents by a sentence-transformers model directory."""
+def load_embedder(directory: Path, device: torch.device) -> Any:
+    """A sentence-transformers model; a plain transformers encoder is pooled as sentence-transformers does by default.
+
+    No code and no pickle of the directory is run.
+
+    Raises:
+        UserError: the extra is not installed, or the directory is no such model or holds weights in pickles alone.
+    """
+    key = f"router.embedding={directory}"
+    if not any((directory / name).is_file() for name in ("modules.json", "config.json")):
+        raise UserError(f"{key} is not a sentence-transformers directory: it has neither modules.json nor config.json")
+    # transformers is told to read safetensors alone; sentence-transformers' own modules cannot be told.
+    for folder, _, names in os.walk(directory, followlinks=True):
+        if "adapter_model.bin" in names or ("pytorch_model.bin" in names and "model.safetensors" not in names):
+            raise UserError(
+                f"{key}: the weights in {folder} are a pickle, which is not opened; save them as safetensors"
+            )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UserError("router.embedding=DIR needs the embed extra: pip install flexpert[embed]") from None
+    try:
+        return SentenceTransformer(
+            str(directory),
+            device=str(device),
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},
+        )
+    except Exception as error:  # whatever two libraries raise over files that someone else wrote
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key} cannot be loaded by sentence-transformers: {reason}") from None
+
+
+def sentence_embedding(embedder: Any, directory: Path, count: int) -> Tensor:
+    """Mean embedding [width] of a data set's documents, each cut at the embedder's `max_seq_length`."""
     tokenizer = load_tokenizer(directory / "tokenizer")
-    texts = [tokenizer.decode(document[:-1]) for document in sample_documents(directory, count)]
-    model = SentenceTransformer(str(model_dir), device="cpu", trust_remote_code=False, local_files_only=True)
-    vectors = model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
-    return torch.from_numpy(np.asarray(vectors, dtype=np.float32)).mean(0)
+    texts = (tokenizer.decode(document[:-1]) for document in sample_documents(directory, count))
+    total, num_texts = np.zeros(()), 0
+    while some := list(islice(texts, ENCODED_TEXTS)):
+        vectors = embedder.encode(some, batch_size=BATCH_DOCUMENTS, convert_to_numpy=True, show_progress_bar=False)
+        total = total + vectors.sum(0, dtype=np.float64)
+        num_texts += len(some)
+    return torch.from_numpy(total / num_texts).float()
 
 
 def load_vector(path: Path) -> Tensor:
@@ -158,8 +200,49 @@ def load_vector(path: Path) -> Tensor:
         raise UserError(f"{path} is not a .npy vector: {error}") from None
 
 
+def random_projection(source: int, target: int) -> Tensor:
+    """[source, target] of N(0, 1/target), which keeps squared lengths in expectation, with a relative deviation of
+    √(2/target), and so distances and inner products (Johnson–Lindenstrauss; Dasgupta and Gupta 2003).
+
+    It depends on the two widths alone, so that the rows of owners with one embedder can be compared. Not orthogonal:
+    that is exact only where target ≥ source, and LAPACKs differ in how they factorise. `RandomState`, because its
+    stream is the one that NumPy keeps for good (NEP 19).
+    """
+    matrix = np.random.RandomState(PROJECTION_SEED).standard_normal((source, target))
+    return torch.from_numpy(matrix / np.sqrt(target)).float()
+
+
+def of_width(vectors: list[Tensor], config: RouterConfig, layers: int, width: int) -> list[Tensor]:
+    """Vectors [width] or [layers, width], projected where the config says so.
+
+    Raises:
+        UserError: they have other shapes, or are to be projected and have not both the same width.
+    """
+    is_projected = config.projection == "random"
+    source = vectors[0].shape[-1:].numel() if is_projected else width
+    for vector in vectors:
+        if vector.shape not in ((source,), (layers, source)):
+            raise UserError(
+                f"router.embedding={config.embedding}: a vector has shape {list(vector.shape)}; the model's stream has "
+                f"width {width}: give vectors [{source}] or [{layers}, {source}]"
+                + ("" if is_projected else ", or set router.projection=random")
+            )
+    if not is_projected:
+        return vectors
+    matrix = random_projection(source, width)
+    return [vector @ matrix for vector in vectors]
+
+
 def router_start(
-    model: Transformer, config: RouterConfig, own: Path, public: Path | None, sequence_length: int, seed: int, name: str
+    config: RouterConfig,
+    shape: ModelConfig,
+    load_public: Callable[[], Transformer],
+    own: Path,
+    public: Path | None,
+    sequence_length: int,
+    seed: int,
+    name: str,
+    device: torch.device,
 ) -> RouterStart:
     """The start that `config.init` names.
 
@@ -168,43 +251,39 @@ def router_start(
     - discriminant: see there;  random: N(0, 0.02²).
 
     Args:
-        model: the dense public model.
+        shape: the dense public model's.
+        load_public: loads it; called where the stream is read, and nowhere else.
         own, public: data set directories of the owner and of public text; the second where config needs public text.
         sequence_length: tokens of each document that the stream is read over.
         seed, name: of a random start; the name is the expert's.
+        device: where a sentence-transformers model runs.
 
     Raises:
         UserError: an embedding of another width than the model's, or of a source that cannot be read.
     """
-    layers, width = model.config.num_layers, model.config.hidden_size
+    layers, width = shape.num_layers, shape.hidden_size
     zeros = torch.zeros(layers)
-    if config.init == "random":
+    if config.source is None:
         # The name too: with the same seed everywhere, all owners' rows would start as the same vector.
         mixed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed(mixed)
         return RouterStart(torch.randn(layers, width, generator=generator) * RANDOM_STD, zeros)
-    if config.embedding == "stream":
+    if config.source == "stream":
         assert public is not None
-        is_discriminant = config.init == "discriminant"
+        model, is_discriminant = load_public(), config.init == "discriminant"
         of_own = stream_statistics(model, own, config.documents, sequence_length, covariance=False)
         of_public = stream_statistics(model, public, config.documents, sequence_length, covariance=is_discriminant)
         if is_discriminant:
             return discriminant(of_own, of_public, config.bias)
         vectors = [statistics.document_mean.float() for statistics in (of_own, of_public)]
-    elif config.embedding.endswith(".npy"):
+    elif config.source == "file":
         assert config.public_embedding is not None
         vectors = [load_vector(Path(path)) for path in (config.embedding, config.public_embedding)]
     else:
         assert public is not None
-        if not (Path(config.embedding) / "modules.json").is_file():
-            raise UserError(f"router.embedding={config.embedding} is not a sentence-transformers directory")
-        vectors = [sentence_embedding(Path(config.embedding), source, config.documents) for source in (own, public)]
-    for vector in vectors:
-        if vector.shape not in ((width,), (layers, width)):
-            raise UserError(
-                f"router.embedding={config.embedding} has shape {list(vector.shape)}; the model's stream has width "
-                f"{width}: give a vector of that width, one a layer or one for all"
-            )
+        embedder = load_embedder(Path(config.embedding), device)
+        vectors = [sentence_embedding(embedder, source, config.documents) for source in (own, public)]
+    vectors = of_width(vectors, config, layers, width)
     if config.init == "unit_mean":
         vectors = [vector / vector.norm(dim=-1, keepdim=True) for vector in vectors]
     return RouterStart((vectors[0] - vectors[1]).expand(layers, width).contiguous(), zeros)

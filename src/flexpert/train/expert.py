@@ -8,6 +8,7 @@ experts run on every token; the router sets only the mixture.
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +22,7 @@ from flexpert.config.stages import ExpertConfig
 from flexpert.contribution.pack import pack
 from flexpert.contribution.record import ExpertIdentity, check_identity
 from flexpert.data.dataset import TokenWindows, read_manifest
-from flexpert.data.embed import RouterStart, router_start
+from flexpert.data.embed import RouterStart, router_start, sample_size
 from flexpert.data.mixture import MixedWindows, training_windows
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
@@ -86,7 +87,7 @@ def run(config: ExpertConfig, resolved: str) -> None:
         identity=identity,
         base_digest=inputs["base"],
         architecture=base.architecture,
-        router={"bias": config.router.bias, "init": config.router.init},
+        router=router_facts(config),
         training={
             "steps": trainer.num_steps,
             "tokens": trainer.num_steps * config.train.batch_tokens,
@@ -95,6 +96,19 @@ def run(config: ExpertConfig, resolved: str) -> None:
         },
     )
     print(contribution)
+
+
+def router_facts(config: ExpertConfig) -> dict[str, Any]:
+    """What a contribution tells of how its rows came about; no path."""
+    router = config.router
+    return {
+        "bias": router.bias,
+        "init": router.init,
+        "embedding": router.source,
+        "projection": router.projection,
+        "documents": sample_size(Path(config.data.dir), router.documents) if router.needs_public_text else None,
+        "public_text": router.needs_public_text,
+    }
 
 
 def mixed_windows(config: ExpertConfig, public_share: float) -> TokenWindows | MixedWindows:
@@ -115,7 +129,9 @@ def mixed_windows(config: ExpertConfig, public_share: float) -> TokenWindows | M
 
 def calibration_config(config: ExpertConfig) -> ExpertConfig:
     """The config of the steps that fit the row and bias alone."""
-    train = replace(config.train, steps=config.router.calibration_steps, tokens=None, evaluation_interval=None)
+    train = replace(
+        config.train, steps=config.router.calibration_steps, tokens=None, evaluation_interval=None, compile="false"
+    )
     optim = replace(
         config.optim, lr=config.router.calibration_lr, router_lr=None, schedule="linear", warmup_steps=0,
         final_lr_ratio=0.0, horizon_steps=None,
@@ -129,17 +145,17 @@ def job_config(base: ModelConfig, bias: bool) -> ModelConfig:
 
 def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) -> Transformer:
     """The two-expert model: all of the public model, the second FFN a copy of the first, rows as configured."""
-    public = load_model(base.path, device=device)[0]
     start = router_start(
-        public,
         config.router,
+        base.config,
+        lambda: load_model(base.path, device=device)[0],
         Path(config.data.dir),
         Path(config.public_data) if config.public_data is not None else None,
         config.train.sequence_length,
         config.seed,
         config.name,
+        device,
     )
-    del public
     model = build_on_meta(job_config(base.config, config.router.bias), (1, 1))
     train_only(model, lambda name: any(part in name for part in OWN))
     if device.type == "cuda":
