@@ -72,7 +72,7 @@ class Attention(nn.Module):
         """Args:
         x_BSD: residual stream.
         rotary: tables for these S positions.
-        mask_B1SS: True where a query (row) may see a key (column); None: causal.
+        mask_B1SS: True, or 0, where a query (row) may see a key (column); None: causal.
         cache: earlier positions, extended in place; without a mask, S must be 1 unless the cache is empty.
 
         Returns: [B, S, D].
@@ -97,8 +97,12 @@ class Attention(nn.Module):
         return projected
 
 
-def document_mask(document_ids_BS: Tensor) -> Tensor:
-    """[B, 1, S, S] mask, True where a position may attend: the same document, not later."""
+def document_mask(document_ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, S, S] mask: 0 where a position may attend, the same document and not later, elsewhere -inf.
+
+    In the type that attention computes in, which would otherwise turn it into that in every layer.
+    """
     length = document_ids_BS.shape[1]
     same = document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]
-    return same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
+    seen = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))

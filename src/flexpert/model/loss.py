@@ -14,6 +14,20 @@ from flexpert.model.router import Routing
 IGNORE = -100
 
 
+class Vocabulary:
+    """Which rows of the head a process has: all of them, from row `first` = 0 on; `flexpert.parallel` has some."""
+
+    first = 0
+
+    def logsumexp(self, part_T: Tensor) -> Tensor:
+        """Of all rows, from that of this process's."""
+        return part_T
+
+    def sum(self, part_T: Tensor) -> Tensor:
+        """Over all processes that share the vocabulary."""
+        return part_T
+
+
 class ChunkedNLL(torch.autograd.Function):
     """Negative log-likelihood and log-normaliser per token; logits of one chunk live at a time, in fp32.
 
@@ -23,26 +37,30 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int, vocabulary: Vocabulary
     ) -> tuple[Tensor, Tensor]:
-        nll_T = torch.empty(hidden_TD.shape[0], dtype=torch.float, device=hidden_TD.device)
-        lse_T = torch.empty_like(nll_T)
+        picked_T = torch.empty(hidden_TD.shape[0], dtype=torch.float, device=hidden_TD.device)
+        lse_T = torch.empty_like(picked_T)
+        index_T, elsewhere_T = place(targets_T, len(weight_VD), vocabulary)
         for start in range(0, hidden_TD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = (hidden_TD[rows] @ weight_VD.T).float()
-            picked = logits.gather(1, targets_T[rows].clamp(min=0)[:, None])[:, 0]
+            picked_T[rows] = logits.gather(1, index_T[rows, None])[:, 0]
             lse_T[rows] = logits.logsumexp(1)
-            nll_T[rows] = lse_T[rows] - picked
+        lse_T = vocabulary.logsumexp(lse_T)
+        nll_T = lse_T - vocabulary.sum(picked_T.masked_fill_(elsewhere_T, 0.0))
         nll_T.masked_fill_(targets_T == IGNORE, 0.0)
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, lse_T)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.chunk_tokens, ctx.vocabulary = chunk_tokens, vocabulary
         return nll_T, lse_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_TD, weight_VD, targets_T, lse_T = ctx.saved_tensors
         grad_nll_T = grads[0].masked_fill(targets_T == IGNORE, 0.0)
         grad_sum_T = grad_nll_T + grads[1]
+        index_T, elsewhere_T = place(targets_T, len(weight_VD), ctx.vocabulary)
+        grad_picked_T = grad_nll_T.masked_fill(elsewhere_T, 0.0)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float) if need_weight else None
@@ -50,17 +68,28 @@ class ChunkedNLL(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk_tokens)
             grad = (hidden_TD[rows] @ weight_VD.T).float().sub_(lse_T[rows, None]).exp_()
             grad.mul_(grad_sum_T[rows, None])
-            grad.scatter_add_(1, targets_T[rows].clamp(min=0)[:, None], -grad_nll_T[rows, None])
+            grad.scatter_add_(1, index_T[rows, None], -grad_picked_T[rows, None])
             grad = grad.to(hidden_TD.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight_VD
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden_TD[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
+
+
+def place(targets_T: Tensor, num_rows: int, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Targets as rows of this process, and which of them are no row of it."""
+    index_T = targets_T - vocabulary.first
+    elsewhere_T = (index_T < 0) | (index_T >= num_rows)
+    return index_T.masked_fill(elsewhere_T, 0), elsewhere_T
 
 
 def chunked_nll(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int = 1024
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    chunk_tokens: int = 1024,
+    vocabulary: Vocabulary = Vocabulary(),  # noqa: B008 (it has no state)
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (nats) and log-normaliser of every token, both fp32 [T].
 
@@ -70,7 +99,7 @@ def chunked_nll(
     if torch.is_autocast_enabled(hidden_TD.device.type):
         dtype = torch.get_autocast_dtype(hidden_TD.device.type)
         hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-    nll_T, lse_T = ChunkedNLL.apply(hidden_TD, weight_VD, targets_T, chunk_tokens)  # type: ignore[no-untyped-call]
+    nll_T, lse_T = ChunkedNLL.apply(hidden_TD, weight_VD, targets_T, chunk_tokens, vocabulary)  # type: ignore[no-untyped-call]
     return nll_T, lse_T
 
 

@@ -37,6 +37,18 @@ class ExpertGroup(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, ffn_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
 
+    def forward(self, x_TD: Tensor, weights: Tensor, indices_TK: Tensor | None = None) -> Tensor:
+        """What the group adds to each token, [T, D].
+
+        Args:
+            x_TD: tokens.
+            weights: of all the group's experts, [T, E]; or, with `indices_TK`, of those that they name, [T, K].
+            indices_TK: each token's experts, counted from the group's first; others are held elsewhere.
+        """
+        if indices_TK is None:
+            return dense_mixing(x_TD, weights, self.gate_up, self.down)
+        return moe_ffn(x_TD, weights, indices_TK, self.gate_up, self.down)
+
 
 class MixtureOfExperts(nn.Module):
     """`Σ_{e ∈ topk} p_e · E_e(x)`: the router's probabilities weight the experts' outputs.
@@ -65,13 +77,11 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(x_TD)
         y_TD, first = None, 0
         for size, group in zip(self.group_sizes, self.groups, strict=True):
-            assert isinstance(group, ExpertGroup)
             last = first + size
             if self.all_active:
-                part = dense_mixing(x_TD, routing.probs_TE[:, first:last].to(x.dtype), group.gate_up, group.down)
+                part = group(x_TD, routing.probs_TE[:, first:last].to(x.dtype))
             else:
-                weights_TK = routing.weights_TK.to(x.dtype)
-                part = moe_ffn(x_TD, weights_TK, routing.indices_TK - first, group.gate_up, group.down)
+                part = group(x_TD, routing.weights_TK.to(x.dtype), routing.indices_TK - first)
             y_TD = part if y_TD is None else y_TD + part
             first = last
         assert y_TD is not None

@@ -43,10 +43,14 @@ class Router(nn.Module):
         self.weight = nn.ParameterList([nn.Parameter(torch.empty(size, hidden_size)) for size in group_sizes])
         self.bias = nn.ParameterList([nn.Parameter(torch.empty(size)) for size in group_sizes] if bias else [])
 
+    def gather(self, parameters: nn.ParameterList) -> Tensor:
+        """All groups' rows or biases, in fp32."""
+        return torch.cat([part.float() for part in parameters])
+
     def forward(self, x_TD: Tensor) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            weight_ED = torch.cat([rows.float() for rows in self.weight])
-            bias_E = torch.cat([bias.float() for bias in self.bias]).clamp(max=0) if len(self.bias) else None
+            weight_ED = self.gather(self.weight)
+            bias_E = self.gather(self.bias).clamp(max=0) if len(self.bias) else None
             logits_TE = F.linear(x_TD.float(), weight_ED, bias_E)
             logits_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
             normaliser_T = logits_TE.logsumexp(-1)

@@ -85,8 +85,12 @@ class Transformer(nn.Module):
         offset = caches[0].length if caches else 0
         positions = torch.arange(offset, offset + tokens_BS.shape[1], device=tokens_BS.device)
         rotary = rotary_tables(self.config, positions)
-        mask = None if document_ids_BS is None else document_mask(document_ids_BS)
         x_BSD = self.embedding(tokens_BS)
+        mask = None
+        if document_ids_BS is not None:
+            device = x_BSD.device.type
+            is_mixed = torch.is_autocast_enabled(device)
+            mask = document_mask(document_ids_BS, torch.get_autocast_dtype(device) if is_mixed else x_BSD.dtype)
         routings = []
         for index, block in enumerate(self.blocks):
             x_BSD, routing = block(x_BSD, rotary, mask, caches[index] if caches else None)
