@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpus import make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from flexpert.checkpoint.digest import base_digest, digest_of, digest_tensor, tensor_digests, tokenizer_digest
+from flexpert.data.tokenizer import load_tokenizer
 
 Refused = Callable[..., AbstractContextManager[None]]
 INDEX = "model.safetensors.index.json"
@@ -79,6 +81,48 @@ def test_the_tokenizer_counts_but_not_its_padding_and_truncation(base: Path) -> 
     tokenizer.add_tokens(["one-more"])
     tokenizer.save(str(path))
     assert base_digest(base) != before
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> Path:
+    return make_tokenizer(tmp_path / "bpe").directory / "tokenizer.json"
+
+
+def test_equal_tokenizers_have_one_digest_whatever_wrote_the_file(bpe: Path) -> None:
+    """Merges in the spelling of older libraries, and a post-processor, change no id."""
+    before, written = tokenizer_digest(bpe.parent), json.loads(bpe.read_text())
+    text = "one two: naïve 3.14"
+    ids = load_tokenizer(bpe.parent).encode(text)
+    assert all(isinstance(merge, list) for merge in written["model"]["merges"])
+    written["model"]["merges"] = [" ".join(merge) for merge in written["model"]["merges"]]
+    written["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|pad|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|pad|>": {"id": "<|pad|>", "ids": [1], "tokens": ["<|pad|>"]}},
+    }
+    bpe.write_text(json.dumps(written))
+    assert load_tokenizer(bpe.parent).encode(text) == ids
+    assert tokenizer_digest(bpe.parent) == before
+    del written["post_processor"]
+    bpe.write_text(json.dumps(written))
+    assert tokenizer_digest(bpe.parent) == before
+
+
+@pytest.mark.parametrize("change", ["merge order", "merge", "vocabulary", "pre_tokenizer"])
+def test_what_changes_ids_changes_the_digest(change: str, bpe: Path) -> None:
+    before, written = tokenizer_digest(bpe.parent), json.loads(bpe.read_text())
+    merges, vocabulary = written["model"]["merges"], written["model"]["vocab"]
+    if change == "merge order":
+        merges[:2] = merges[1::-1]
+    elif change == "merge":
+        merges.pop()
+    elif change == "vocabulary":
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    else:
+        written["pre_tokenizer"] = None
+    bpe.write_text(json.dumps(written))
+    assert tokenizer_digest(bpe.parent) != before
 
 
 def test_a_missing_tokenizer_is_refused(base: Path, refused: Refused) -> None:

@@ -10,6 +10,7 @@ from corpus import make_texts, make_tokenizer, manifest, prepare
 from numpy.typing import NDArray
 
 from flexpert.data.dataset import TokenWindows, read_manifest
+from flexpert.data.existing import END_TOKENS, sample
 from flexpert.data.indexed import IndexedTokens, IndexedWriter
 from flexpert.data.tokenizer import Tokenizer, load_tokenizer
 from flexpert.errors import UserError
@@ -191,3 +192,90 @@ def test_files_that_were_moved_or_changed_are_named(
     (tmp_path / "part-0-00000.npy").unlink()
     with pytest.raises(UserError, match=r"part-0-00000\.npy does not exist any more"):
         IndexedTokens(output / "train")
+
+
+def test_ids_of_a_type_that_cannot_hold_the_vocabulary_are_refused(
+    documents: list[list[int]], tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where all ids that are there happen to be small."""
+    ids = np.minimum(raw(documents, "uint32"), 255).astype(np.uint8)
+    np.save(tmp_path / "a.npy", ids)
+    line = refused(capsys, tmp_path / "out", f"data.tokens={tmp_path}/a.npy", f"tokenizer={tokenizer.directory}")
+    size = tokenizer.vocab_size
+    assert f"{tmp_path}/a.npy holds uint8, which goes to 255, and {tokenizer.directory} has {size} ids" in line
+
+
+def without_ends(count: int) -> NDArray[Any]:
+    return np.random.default_rng(0).integers(5, 290, count, np.uint16)
+
+
+def test_a_long_file_without_an_end_of_text_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"data.tokens={tmp_path}/a.npy", "data.token_dtype=uint16", f"tokenizer={tokenizer.directory}"]
+    tokens = without_ends(2_000_000)
+    tokens.tofile(tmp_path / "a.npy")
+    line = refused(capsys, tmp_path / "out", *given)
+    assert f"{tmp_path}/a.npy holds {tokenizer.eos_id}, the end-of-text id of {tokenizer.directory}, neither in" in line
+    assert f"write {tokenizer.eos_id} after every document; if it is a single long one, at its end" in line
+    tokens[-1] = tokenizer.eos_id  # what the line says
+    tokens.tofile(tmp_path / "a.npy")
+    assert len(IndexedTokens(prepare(tmp_path / "single", *given) / "train")) == 1
+
+
+def test_ends_of_long_documents_are_found_where_the_sample_has_none(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokens = without_ends(2_000_000)
+    places = np.random.default_rng(1).integers(END_TOKENS, len(tokens) - END_TOKENS, 400)
+    place = next(int(place) for place in places if not ends_in_sample(tokens, int(place), tokenizer.eos_id))
+    tokens[place] = tokenizer.eos_id
+    tokens.tofile(tmp_path / "a.npy")
+    given = [f"data.tokens={tmp_path}/a.npy", "data.token_dtype=uint16", f"tokenizer={tokenizer.directory}"]
+    assert IndexedTokens(prepare(tmp_path / "out", *given) / "train").lengths[0] == place + 1
+
+
+def ends_in_sample(tokens: NDArray[Any], place: int, eos_id: int) -> bool:
+    changed = tokens.copy()
+    changed[place] = eos_id
+    return bool((sample(changed) == eos_id).any())
+
+
+def test_a_megatron_dataset_without_ends_of_documents_is_refused(
+    documents: list[list[int]], tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = write_megatron(tmp_path, [document[:-1] for document in documents])
+    line = refused(capsys, tmp_path / "out", *given, f"tokenizer={tokenizer.directory}")
+    assert f"20 of 20 documents of {tmp_path}/web.0_text_document do not end in {tokenizer.eos_id}" in line
+    assert "--append-eod" in line
+
+
+def test_a_file_is_not_trained_on_and_held_out(
+    documents: list[list[int]], tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by one name nor by another."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in2").mkdir()
+    raw(documents, "uint16").tofile(tmp_path / "in/a.npy")
+    (tmp_path / "in2/b.npy").symlink_to(tmp_path / "in/a.npy")
+    for held_out in ("in/*.npy", "in2/*.npy"):
+        given = [f"data.tokens={tmp_path}/in/*.npy", f"data.valid_tokens={tmp_path}/{held_out}"]
+        line = refused(capsys, tmp_path / "out", *given, "data.token_dtype=uint16", f"tokenizer={tokenizer.directory}")
+        assert ".npy is in data.tokens and in data.valid_tokens" in line
+    write_megatron(tmp_path, documents)
+    given = [f"data.{key}={tmp_path}/web.0_text_document" for key in ("tokens", "valid_tokens")]
+    line = refused(capsys, tmp_path / "out", *given, f"tokenizer={tokenizer.directory}")
+    assert "web.0_text_document.bin is in data.tokens and in data.valid_tokens" in line
+
+
+@pytest.mark.parametrize("write", [write_olmo, write_megatron])
+def test_the_digest_of_a_data_set_is_of_the_tokens_that_it_refers_to(
+    write: Any, documents: list[list[int]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As many bytes under the same name, and others: it is another data set."""
+    digests = []
+    other = [[*documents[0][-2::-1], tokenizer.eos_id], *documents[1:]]
+    for number, content in enumerate((documents, documents, other)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        given = write(tmp_path / "in", content)
+        output = prepare(tmp_path / f"out{number}", *given, f"tokenizer={tokenizer.directory}")
+        digests.append(read_manifest(output).digest)
+    assert digests[0] == digests[1] != digests[2]

@@ -1,6 +1,7 @@
 """Token files: Megatron reads what we write, we read what Megatron writes, and damaged files are the user's to know."""
 
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flexpert.data import indexed
 from flexpert.data.indexed import DTYPES, IndexedTokens, IndexedWriter, token_dtype
 from flexpert.errors import UserError
 
@@ -134,6 +136,8 @@ def damage(prefix: Path, what: str) -> None:
             "unknown type": (17, "<B", 6),
             "endless": (18, "<Q", 2**62),
             "negative length": (HEADER_BYTES, "<i", -4),
+            "offsets not in order": (HEADER_BYTES + 4 * sequences + 8, "<q", 2),
+            "another last offset": (HEADER_BYTES + 4 * sequences + 8 * (sequences - 1), "<q", 2),
             "boundary beyond the end": (boundaries + 8 * sequences, "<q", sequences + 1),
             "negative boundary": (boundaries + 8, "<q", -1),
             "boundaries not in order": (boundaries + 8, "<q", 3),
@@ -162,12 +166,54 @@ def damage(prefix: Path, what: str) -> None:
         ("boundary beyond the end", "train.idx is damaged"),
         ("negative boundary", "train.idx is damaged"),
         ("boundaries not in order", "train.idx is damaged"),
+        ("offsets not in order", "train.idx is damaged"),
+        ("another last offset", "train.bin does not have the size"),
     ],
 )
 def test_a_damaged_file_is_named(what: str, part: str, tmp_path: Path) -> None:
     prefix = write(tmp_path / "train", DOCUMENTS)
     damage(prefix, what)
     with pytest.raises(UserError) as caught:
-        IndexedTokens(prefix)
+        _ = IndexedTokens(prefix).lengths
     assert part in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["boundary beyond the end", "negative boundary", "boundaries not in order"])
+def test_a_document_of_a_damaged_index_is_not_read(what: str, tmp_path: Path) -> None:
+    """Also where nobody asked for all lengths: each document is looked at by itself."""
+    prefix = write(tmp_path / "train", DOCUMENTS)
+    damage(prefix, what)
+    source = IndexedTokens(prefix)
+    with pytest.raises(UserError, match=r"train\.idx is damaged"):
+        for index in range(len(source)):
+            source.document(index)
+
+
+def test_to_open_a_data_set_takes_little_memory_however_many_documents_it_has(tmp_path: Path) -> None:
+    count = 300_000
+    with IndexedWriter(tmp_path / "train", np.uint16) as writer:
+        writer.extend(np.arange(3 * count).astype(np.uint16), np.full(count, 3, np.int32))
+    tracemalloc.start()
+    source = IndexedTokens(tmp_path / "train")
+    assert len(source) == count
+    assert source.document(count - 1).tolist() == [index % 65536 for index in range(3 * count - 3, 3 * count)]
+    assert source.document(7, max_tokens=2).tolist() == [21, 22]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_an_index_is_checked_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of entries that are looked at together."""
+    for size in range(1, 8):
+        monkeypatch.setattr(indexed, "CHECKED_AT_A_TIME", size)
+        prefix = write(tmp_path / "train", DOCUMENTS)
+        assert IndexedTokens(prefix).lengths.tolist() == [len(document) for document in DOCUMENTS]
+        content = bytearray(prefix.with_suffix(".idx").read_bytes())
+        for place in range(1, len(DOCUMENTS) - 1):
+            wrong = content.copy()
+            wrong[HEADER_BYTES + 4 * len(DOCUMENTS) + 8 * place] += 2
+            prefix.with_suffix(".idx").write_bytes(wrong)
+            with pytest.raises(UserError, match=r"train\.idx is damaged"):
+                _ = IndexedTokens(prefix).lengths

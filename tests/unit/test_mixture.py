@@ -18,7 +18,7 @@ from flexpert.data.mixture import MixedWindows, training_windows
 from flexpert.data.tokenizer import Tokenizer
 from flexpert.errors import UserError
 from flexpert.train.loop import Trainer
-from flexpert.train.pretrain import build_model
+from flexpert.train.pretrain import build_model, check_tokenizer
 
 NAMES = ("web", "code", "math", "news")
 LENGTH = 16
@@ -124,6 +124,32 @@ def test_data_sets_of_two_tokenizers_are_not_mixed(dirs: dict[str, str], tmp_pat
     code = str(prepare(tmp_path / "code", *given))
     with pytest.raises(UserError, match=r"data\.dirs\.code=.* another tokenizer than data\.dirs\.web="):
         mixture({**dirs, "code": code}, {"web": 1.0, "code": 1.0})
+
+
+def with_another_end(tokenizer: Tokenizer, root: Path, documents: Path) -> str:
+    """A data set of the same tokenizer, with another of its tokens at the end of documents."""
+    tokenizer.copy_to(root / "bpe")
+    settings = root / "bpe/tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<|endoftext|>", "<|pad|>"))
+    return str(prepare(root / "other", f"data.documents={documents}", f"tokenizer={root}/bpe"))
+
+
+def test_data_sets_whose_documents_end_in_two_tokens_are_not_mixed(
+    dirs: dict[str, str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    code = with_another_end(tokenizer, tmp_path, Path(dirs["code"]).parent / "code.jsonl")
+    with pytest.raises(UserError, match=r"data\.dirs\.code=.* another tokenizer than data\.dirs\.web="):
+        mixture({**dirs, "code": code}, {"web": 1.0, "code": 1.0})
+
+
+def test_data_whose_documents_end_in_another_token_than_the_models_is_refused(
+    dirs: dict[str, str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    train("pretrain", *SHAPE, f"data.dir={dirs['web']}", f"output_dir={tmp_path}/run")
+    check_tokenizer(tmp_path / "run/model", read_manifest(Path(dirs["web"])))
+    other = with_another_end(tokenizer, tmp_path, Path(dirs["code"]).parent / "code.jsonl")
+    with pytest.raises(UserError, match=r"end in 1, and the tokenizer of .*/run/model has the end-of-text id 0"):
+        check_tokenizer(tmp_path / "run/model", read_manifest(Path(other)))
 
 
 @pytest.mark.parametrize(

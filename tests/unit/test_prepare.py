@@ -437,7 +437,7 @@ def test_an_output_dir_below_a_file_is_refused(
                 f"output_dir={tmp_path}/all.jsonl/out",
             ]
         )
-    assert "all.jsonl cannot be written" in capsys.readouterr().err
+    assert "all.jsonl is not a directory" in capsys.readouterr().err
 
 
 def test_a_vocabulary_with_holes_reaches_to_its_largest_id(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How a router row starts, against independent computations: a loop over documents in fp64, NumPy."""
 
 import copy
+import json
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from flexpert.config.groups import ModelConfig, RouterConfig
-from flexpert.data import embed
+from flexpert.data import embed, indexed
 from flexpert.data.embed import RANDOM_STD, RIDGE, RouterStart, random_projection, router_start
 from flexpert.data.indexed import IndexedTokens, IndexedWriter
 from flexpert.data.tokenizer import train_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.attention import rotary_tables
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
+from flexpert.records import write_record
 
 LAYERS, WIDTH, MAX_TOKENS = 3, 24, 13
 Matrix = NDArray[np.float64]
@@ -399,3 +401,67 @@ def test_a_covariance_is_computed_where_it_is_used(
     monkeypatch.setattr(embed, "stream_statistics", statistics)
     start(model, data, init=init)
     assert [name for name, statistics in found.items() if statistics.token_covariance is not None] == computed
+
+
+@pytest.fixture
+def raw_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[list[int]]]:
+    """A data set of three raw token files and their documents; the files count as too long to be searched."""
+    monkeypatch.setattr(indexed, "SEARCH_TOKENS", 1 << 10)
+    generator = np.random.default_rng(5)
+    tokenizer = train_tokenizer(["a few words"] * 3, 300, tmp_path / "tokenizer")
+    texts = [generator.integers(2, 200, size).tolist() for size in generator.integers(1, 90, 600)]
+    documents = [[*text, tokenizer.eos_id] for text in texts]
+    parts = []
+    for number in range(3):
+        flat = [token for document in documents[200 * number : 200 * (number + 1)] for token in document]
+        path = tmp_path / f"{number}.npy"
+        np.asarray(flat, np.uint16).tofile(path)
+        parts.append({"file": str(path), "dtype": "uint16", "offset": 0, "bytes": path.stat().st_size})
+    content = {"eos_id": tokenizer.eos_id, "splits": {"train": {"parts": parts}}}
+    write_record(tmp_path / "manifest.json", "flexpert.data", content)
+    return tmp_path, documents
+
+
+def test_raw_files_are_sampled_without_a_search_through_them(
+    raw_data: tuple[Path, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, documents = raw_data
+
+    def search(part: Any) -> None:
+        raise AssertionError("all tokens were read")
+
+    monkeypatch.setattr(indexed.RawFile, "ends", property(search))
+    for count in (1, 7, 40, 100_000):
+        found = [document.tolist() for document in embed.sample_documents(directory, count, 1000)]
+        assert len(found) == embed.sample_size(directory, count) <= count
+        places = [documents.index(document) for document in found]  # whole documents, all of them different
+        assert places == sorted(set(places))
+        if count == 40:
+            assert len(found) >= 35
+            assert np.diff(places).max() < 40  # evenly spread: 15 apart on average
+    assert len(found) == len(documents)
+    short = list(embed.sample_documents(directory, 40, 5))
+    assert [document.tolist() for document in short] == [
+        document[:5].tolist() for document in embed.sample_documents(directory, 40, 1000)
+    ]
+
+
+def test_raw_files_without_further_documents_are_read_once(raw_data: tuple[Path, list[list[int]]]) -> None:
+    """One document that is longer than the others together: positions in it lead to the same place."""
+    directory, documents = raw_data
+    eos_id = documents[0][-1]
+    tokens = np.asarray([5, eos_id, *[7] * 20_000], np.uint16)
+    tokens.tofile(directory / "0.npy")
+    record = json.loads((directory / "manifest.json").read_text())
+    record["splits"]["train"]["parts"] = [record["splits"]["train"]["parts"][0] | {"bytes": tokens.nbytes}]
+    (directory / "manifest.json").write_text(json.dumps(record))
+    assert embed.sample_size(directory, 50) == 1
+    assert [document.tolist() for document in embed.sample_documents(directory, 50, 9)] == [[5, eos_id]]
+    assert [len(document) for document in embed.sample_documents(directory, 30_000, 9)] == [2, 9]
+
+
+def test_a_sample_of_indexed_documents_is_cut(data: DataSets) -> None:
+    expected = documents(data.own)
+    assert embed.sample_size(data.own, 1000) == len(expected)
+    for found, document in zip(embed.sample_documents(data.own, 1000, 3), expected, strict=True):
+        assert found.tolist() == document[:3].tolist()

@@ -9,7 +9,7 @@ import torch
 from corpus import content, json_lines, make_texts, make_tokenizer, manifest, prepare
 
 from flexpert.data.dataset import TokenWindows, read_manifest
-from flexpert.data.hashes import read_hashes
+from flexpert.data.hashes import open_hashes
 from flexpert.data.indexed import IndexedTokens
 from flexpert.data.tokenizer import Tokenizer
 
@@ -73,10 +73,11 @@ def test_the_manifest_of_shards_counts_and_lists_them(merged: Path, whole: Path)
 
 def test_hashes_of_shards_are_those_of_the_whole(merged: Path, whole: Path) -> None:
     for split in ("train", "valid"):
-        ours, theirs = read_hashes(merged, split), read_hashes(whole, split)
+        ours, theirs = open_hashes(merged, split), open_hashes(whole, split)
         assert ours is not None
         assert theirs is not None
-        assert np.array_equal(np.sort(ours), theirs)
+        assert (len(ours), len(theirs)) == (NUM_SHARDS, 1)
+        assert np.array_equal(np.sort(np.concatenate(ours)), theirs[0])
 
 
 def test_windows_of_shards_are_each_shards_windows_end_to_end(merged: Path) -> None:
@@ -143,6 +144,63 @@ def test_a_shard_with_another_tokenizer_is_named(
     output = prepare_shards(tmp_path / "data", own, 0, 1)
     shutil.rmtree(tmp_path / "bpe")
     make_tokenizer(tmp_path / "bpe", 270)
+    prepare_shards(output, own, 2)
+    assert f"{output}/shards/2-of-3 has another tokenizer" in refused(capsys, output, "merge=true")
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_texts_in_several_shards_are_counted_where_copies_were_to_go(
+    deduplicate: bool, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three files of twenty documents, of which five are in all of them and two more in two; one twice in its file."""
+    for index in range(3):
+        own = TEXTS[30 * index : 30 * index + 20 - 5]
+        more = [*TEXTS[200:205], *(TEXTS[205:207] if index else []), own[0]]
+        (tmp_path / f"{index}.jsonl").write_bytes(json_lines([*own, *more]))
+    given = [f"data.documents={tmp_path}/*.jsonl", f"tokenizer={tokenizer.directory}", "valid_fraction=0.3"]
+    output = prepare_shards(tmp_path / "data", [*given, f"data.deduplicate={deduplicate}"], 0, 1, 2)
+    capsys.readouterr()
+    prepare(output, "merge=true")
+    note = "note: 7 texts are in more than one shard, apart from case and blanks, and stay: data.deduplicate compares"
+    assert (note in capsys.readouterr().out) == deduplicate
+
+
+def test_a_shard_that_was_dealt_from_other_files_is_named(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that appears between two jobs moves those after it to other shards: some are there twice, some never."""
+    (tmp_path / "secret").mkdir()
+    for index in range(7):
+        (tmp_path / f"secret/{index}.jsonl").write_bytes(json_lines(TEXTS[30 * index : 30 * (index + 1)]))
+    given = [f"data.documents={tmp_path}/secret/*.jsonl", f"tokenizer={tokenizer.directory}", "valid_fraction=0.2"]
+    output = prepare_shards(tmp_path / "data", given, 1, 2)
+    late = tmp_path / "secret/00.jsonl"
+    late.write_bytes(json_lines(["late"]))
+    prepare_shards(output, given, 0)
+    line = refused(capsys, output, "merge=true")
+    assert f"{output}/shards/0-of-3 was dealt from other files than 1-of-3 (8 files matched data.documents" in line
+    assert "remove 0-of-3 and prepare it again" in line
+    assert not (output / "manifest.json").exists()
+    assert "secret" not in (output / "shards/0-of-3/manifest.json").read_text()
+    late.unlink()
+    shutil.rmtree(output / "shards/0-of-3")
+    (tmp_path / "secret/3.jsonl").write_bytes(json_lines(TEXTS[:1]))  # as many files, of which one is another
+    prepare_shards(output, given, 0)
+    assert "shards/0-of-3 was dealt from other files" in refused(capsys, output, "merge=true")
+    (tmp_path / "secret/3.jsonl").write_bytes(json_lines(TEXTS[90:120]))
+    shutil.rmtree(output / "shards/0-of-3")
+    prepare(prepare_shards(output, given, 0), "merge=true")
+    assert sorted(content(output, "train") + content(output, "valid")) == sorted(TEXTS)
+
+
+def test_a_shard_with_another_end_of_text_is_named(
+    settings: list[str], tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tokenizer.directory, tmp_path / "bpe")
+    own = [*settings, f"tokenizer={tmp_path}/bpe"]
+    output = prepare_shards(tmp_path / "data", own, 0, 1)
+    settings_file = tmp_path / "bpe/tokenizer_config.json"
+    settings_file.write_text(settings_file.read_text().replace("<|endoftext|>", "<|pad|>"))
     prepare_shards(output, own, 2)
     assert f"{output}/shards/2-of-3 has another tokenizer" in refused(capsys, output, "merge=true")
 

@@ -71,16 +71,23 @@ def _digest_in_file(model: TensorSet, name: str) -> TensorDigest:
 
 
 def tokenizer_digest(model_dir: Path) -> str:
-    """SHA-256, in hexadecimal, of what `tokenizer.json` means.
+    """SHA-256, in hexadecimal, of what in `tokenizer.json` decides the ids of a text.
 
-    Truncation and padding are left out: they are settings of a call, and the tokenizers library writes the last ones
-    that were used into the file.
+    Left out are truncation and padding, which are settings of a call, and the post-processor, which adds tokens that
+    Flexpert does not ask for. Merges count as pairs, also where they are written as "a b", as before tokenizers 0.20.
+    Which of the tokens ends a document is said in another file, and does not count here: data sets have it as `eos_id`.
 
     Raises:
         UserError: `tokenizer.json` is missing or is not a JSON object.
     """
     tokenizer = read_json(model_dir / "tokenizer.json")
-    return sha256_hex(canonical_json({key: tokenizer[key] for key in tokenizer.keys() - {"truncation", "padding"}}))
+    content = {key: tokenizer[key] for key in tokenizer.keys() - {"truncation", "padding"}}
+    content["post_processor"] = None
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        content["model"] = model | {"merges": pairs}
+    return sha256_hex(canonical_json(content))
 
 
 def digest_tensor(tensor: "torch.Tensor") -> TensorDigest:

@@ -406,7 +406,9 @@ class PrepareDataConfig(Lockable):
         "fail", "what a line or row without text does: fail, or skip: it is left out and counted"
     )
     deduplicate: bool = opt(
-        False, "keep the first of equal texts; a 16-byte hash of each text is held, 100 bytes of memory a document"
+        False,
+        "keep the first of equal texts, with shard= of those in the same shard; a 16-byte hash of each text is held, "
+        "100 bytes of memory a document",
     )
     exclude: list[str] = opt([], "data sets whose held-out documents are kept out of the train split", path="data")
     tokens: str | None = opt(

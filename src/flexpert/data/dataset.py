@@ -58,7 +58,11 @@ class DataManifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which holds the hashes of the data's files."""
+        """SHA-256 of the manifest.
+
+        It covers the tokens as they were when it was written: by the hashes of the files that `prepare` wrote; by path,
+        size and the hash of a sample of those that others made, which may be too large to be read.
+        """
         return sha256_file(self.directory / "manifest.json")
 
     @property

@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from flexpert.data import demo
 from flexpert.errors import UserError
+from flexpert.records import canonical_json, sha256_hex
 
 DEMO_PREFIX = "demo:"
 JSON_LINES = tuple(f"{kind}{packing}" for kind in (".jsonl", ".json") for packing in ("", ".gz", ".zst"))
@@ -142,6 +143,21 @@ def demo_documents(name: str, seed: int) -> tuple[str, ...]:
     return tuple(demo.documents(name, seed))
 
 
+def matching_files(source: str) -> list[Path]:
+    """The files of a glob in sorted order."""
+    found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))  # a name may hold [ ]
+    return [Path(path) for path in found if Path(path).is_file()]
+
+
+def input_identity(source: str) -> dict[str, Any]:
+    """What must be the same for all shards, or files are dealt out twice and not at all: how many files match, and a
+    SHA-256 over their names and sizes in order. The names are without their directories, and only their hash is kept.
+    """
+    paths = matching_files(source)
+    listed = [[path.name, path.stat().st_size] for path in paths]
+    return {"count": len(paths), "sha256": sha256_hex(canonical_json(listed))}
+
+
 def input_files(source: str, shard: tuple[int, int] = (0, 1)) -> list[Path]:
     """The files of a glob in sorted order; of shard (i, n) every n-th, from the i-th on. None for a demo corpus.
 
@@ -153,8 +169,7 @@ def input_files(source: str, shard: tuple[int, int] = (0, 1)) -> list[Path]:
         if num_parts > 1:
             raise UserError(f"shard={part}/{num_parts} deals out files, and data.documents={source} has none")
         return []
-    found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))  # a name may hold [ ]
-    paths = [Path(path) for path in found if Path(path).is_file()]
+    paths = matching_files(source)
     if not paths:
         if source and Path(source).is_dir():
             raise UserError(f"data.documents={source} is a directory: give the files in it, such as '{source}/*.jsonl'")

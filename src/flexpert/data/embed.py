@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flexpert.config.groups import ModelConfig, RouterConfig
@@ -28,6 +29,8 @@ from flexpert.model.transformer import Transformer
 BATCH_DOCUMENTS = 16
 #: Texts that are held at a time; the embedder sorts them by length before it makes batches of them.
 ENCODED_TEXTS = 16 * BATCH_DOCUMENTS
+#: Tokens of a document that are given to an embedder, which cuts it at a few thousand of its own.
+TEXT_TOKENS = 1 << 16
 RANDOM_STD = 0.02
 PROJECTION_SEED = 0
 #: Ridge of the discriminant, as a share of the mean variance: chosen on development text of the demo.
@@ -59,14 +62,24 @@ class StreamStatistics:
 
 def sample_size(directory: Path, count: int) -> int:
     """How many documents `sample_documents` yields."""
-    return min(count, len(IndexedTokens(directory / "train")))
-
-
-def sample_documents(directory: Path, count: int) -> Iterator[np.ndarray]:
-    """Up to `count` training documents, evenly spread over the data set."""
     source = IndexedTokens(directory / "train")
+    starts = source.sample_starts(count)
+    return min(count, len(source)) if starts is None else len(starts)
+
+
+def sample_documents(directory: Path, count: int, max_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """The first `max_tokens` ids of up to `count` training documents, evenly spread over the data set.
+
+    Raw token files too long to be searched for their documents are sampled as `IndexedTokens.sample_starts` says.
+    """
+    source = IndexedTokens(directory / "train")
+    starts = source.sample_starts(count)
+    if starts is not None:
+        for number, start in starts:
+            yield source.document_from(number, start, max_tokens)
+        return
     for index in np.linspace(0, len(source) - 1, num=min(count, len(source))).astype(int):
-        yield source.document(int(index))
+        yield source.document(int(index), max_tokens)
 
 
 @torch.no_grad()
@@ -101,7 +114,7 @@ def stream_statistics(
 
         return model.blocks[layer].feed_forward.register_forward_pre_hook(hook)  # type: ignore[union-attr]
 
-    documents = [document[:max_tokens] for document in sample_documents(directory, count)]
+    documents = list(sample_documents(directory, count, max_tokens))
     documents.sort(key=len)  # batches of about equal length
     handles = [sum_over(layer) for layer in range(config.num_layers)]
     for start in range(0, len(documents), BATCH_DOCUMENTS):
@@ -184,7 +197,8 @@ def load_embedder(directory: Path, device: torch.device) -> Any:
 def sentence_embedding(embedder: Any, directory: Path, count: int) -> Tensor:
     """Mean embedding [width] of a data set's documents, each cut at the embedder's `max_seq_length`."""
     tokenizer = load_tokenizer(directory / "tokenizer")
-    texts = (tokenizer.decode(document[:-1]) for document in sample_documents(directory, count))
+    documents = sample_documents(directory, count, TEXT_TOKENS)
+    texts = (tokenizer.decode(document[document != tokenizer.eos_id]) for document in documents)
     total, num_texts = np.zeros(()), 0
     while some := list(islice(texts, ENCODED_TEXTS)):
         vectors = embedder.encode(some, batch_size=BATCH_DOCUMENTS, convert_to_numpy=True, show_progress_bar=False)

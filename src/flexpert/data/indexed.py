@@ -27,6 +27,8 @@ DTYPES: dict[int, type[np.integer]] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 #: Tokens of a raw file that are searched for document ends at a time.
 SEARCH_TOKENS = 1 << 24
+#: Entries of an index that are checked at a time.
+CHECKED_AT_A_TIME = 1 << 18
 
 
 def token_dtype(vocab_size: int) -> type[np.integer]:
@@ -76,26 +78,38 @@ class IndexedWriter:
 
 
 class TokenFile:
-    """Tokens of one file, memory-mapped, and where its documents lie.
+    """Tokens of one file, memory-mapped, and where its documents lie, which is looked for when it is asked for.
 
     Attributes:
         tokens: all ids end to end.
-        lengths: tokens of each document, int64.
-        starts: first token of each document, int64.
         mask: 0 for each token that carries no loss as a target, else 1; None: all do.
     """
 
     tokens: NDArray[np.integer]
-    lengths: NDArray[np.int64]
-    starts: NDArray[np.int64]
     mask: NDArray[np.uint8] | None = None
+
+    @property
+    def num_documents(self) -> int:
+        raise NotImplementedError
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document."""
+        raise NotImplementedError
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First token of a document, and one past its last."""
+        raise NotImplementedError
 
 
 class IndexedFile(TokenFile):
     """Megatron's `PREFIX.bin` and `PREFIX.idx`, and `PREFIX.mask.bin` where there is one.
 
+    To open it costs the same for any number of documents: the index is mapped, and only its last entry is compared.
+
     Raises:
-        UserError: a file is missing, is not an indexed dataset, or the files disagree about their size.
+        UserError: a file is missing, is not an indexed dataset, or the files disagree about their size; where the
+            documents are asked for, they are not in order.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -103,23 +117,20 @@ class IndexedFile(TokenFile):
         for path in (index, data):
             if not path.is_file():
                 raise UserError(f"{path} does not exist: write it with `flexpert prepare`")
-        content = index.read_bytes()
+        self.index, content = index, map_file(index, np.dtype(np.uint8))
         start = len(MAGIC) + HEADER.size
-        if content[: len(MAGIC)] != MAGIC or len(content) < start:
+        head = content[:start].tobytes()
+        if len(head) < start or not head.startswith(MAGIC):
             raise UserError(f"{index} is not the index of a Megatron indexed dataset")
-        version, code, sequences, boundaries = HEADER.unpack_from(content, len(MAGIC))
+        version, code, sequences, boundaries = HEADER.unpack_from(head, len(MAGIC))
         if version != 1 or code not in DTYPES or len(content) < start + 12 * sequences + 8 * boundaries:
             raise UserError(f"{index} is damaged or of an unknown version")
-        sequence_lengths = np.frombuffer(content, np.int32, sequences, start).astype(np.int64)
-        document_ends = np.frombuffer(content, np.int64, boundaries, start + 12 * sequences)
-        edges = np.concatenate([np.zeros(1, np.int64), document_ends, np.full(1, sequences)])
-        if sequence_lengths.min(initial=0) < 0 or np.diff(edges).min() < 0:
-            raise UserError(f"{index} is damaged: its documents are not in order")
-        token_ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(sequence_lengths)])
-        self.lengths = np.diff(token_ends[document_ends])
-        self.starts = token_ends[document_ends][:-1]
+        self.sequence_lengths = np.frombuffer(content, np.int32, sequences, start)
+        self.offsets = np.frombuffer(content, np.int64, sequences, start + 4 * sequences)
+        self.boundaries = np.frombuffer(content, np.int64, boundaries, start + 12 * sequences)
         dtype = np.dtype(DTYPES[code])
-        if data.stat().st_size != int(sequence_lengths.sum()) * dtype.itemsize:
+        last = self.sequence_lengths[-1:].sum(dtype=np.int64) * dtype.itemsize
+        if data.stat().st_size != self.offsets[-1:].sum() + last:
             raise UserError(f"{data} does not have the size that {index.name} says: one of them is cut or replaced")
         self.tokens = map_file(data, dtype)
         mask = file_of(prefix, ".mask.bin")
@@ -127,6 +138,51 @@ class IndexedFile(TokenFile):
             if mask.stat().st_size != len(self.tokens):
                 raise UserError(f"{mask} does not have a byte for each token of {data.name}: one of them is replaced")
             self.mask = map_file(mask, np.dtype(np.uint8))
+
+    @property
+    def num_documents(self) -> int:
+        return max(0, len(self.boundaries) - 1)
+
+    def check_order(self) -> None:
+        """Raises `UserError` unless every sequence begins where the one before ends, and so every document."""
+        num_sequences, size = len(self.sequence_lengths), self.tokens.itemsize
+        in_order = self.boundaries[:1].sum() >= 0 and self.boundaries[-1:].sum() <= num_sequences
+        for start in range(0, max(num_sequences, len(self.boundaries)), CHECKED_AT_A_TIME):
+            some = slice(start, start + CHECKED_AT_A_TIME + 1)
+            steps = np.diff(self.offsets[some])
+            lengths, boundaries = self.sequence_lengths[some], self.boundaries[some]
+            in_order &= bool((lengths >= 0).all() and (np.diff(boundaries) >= 0).all())
+            in_order &= bool((steps == lengths[: len(steps)].astype(np.int64) * size).all())
+        if not (in_order and self.offsets[:1].sum() == 0):
+            raise self.damaged()
+
+    def damaged(self) -> UserError:
+        return UserError(f"{self.index} is damaged: its documents are not in order")
+
+    def first_tokens(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First token of each sequence; of the one after the last, where the tokens end."""
+        result = np.full(len(sequences), len(self.tokens), np.int64)
+        inside = sequences < len(self.offsets)
+        result[inside] = self.offsets[sequences[inside]] // self.tokens.itemsize
+        return result
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        self.check_order()
+        result = np.empty(self.num_documents, np.int64)
+        for start in range(0, len(result), CHECKED_AT_A_TIME):
+            some = slice(start, start + CHECKED_AT_A_TIME)
+            result[some] = np.diff(self.first_tokens(self.boundaries[start : some.stop + 1]))
+        return result
+
+    def span(self, index: int) -> tuple[int, int]:
+        first, last = self.boundaries[index : index + 2].tolist()
+        if not 0 <= first <= last <= len(self.offsets):
+            raise self.damaged()
+        start, end = self.first_tokens(np.asarray([first, last])).tolist()
+        if not 0 <= start <= end <= len(self.tokens):
+            raise self.damaged()
+        return start, end
 
 
 class RawFile(TokenFile):
@@ -162,13 +218,27 @@ class RawFile(TokenFile):
         rest = [] if ends[-1:].sum() == len(self.tokens) else [len(self.tokens)]
         return np.concatenate([ends, np.asarray(rest, np.int64)])
 
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:  # type: ignore[override]
-        return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
+    @property
+    def num_documents(self) -> int:
+        return len(self.ends)
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:  # type: ignore[override]
-        return self.ends - self.starts
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.ends, prepend=0)
+
+    def span(self, index: int) -> tuple[int, int]:
+        return int(self.ends[index - 1]) if index else 0, int(self.ends[index])
+
+
+def end_of_document(tokens: NDArray[np.integer], eos_id: int, start: int, stop: int) -> int:
+    """One past the first end-of-text token in [start, stop), or `stop`; it reads no further than it must."""
+    stop, size = min(stop, len(tokens)), 1 << 12
+    while start < stop:
+        found = np.flatnonzero(tokens[start : min(start + size, stop)] == eos_id)
+        if len(found):
+            return start + int(found[0]) + 1
+        start, size = start + size, min(2 * size, SEARCH_TOKENS)
+    return stop
 
 
 def map_file(path: Path, dtype: np.dtype[Any], offset: int = 0) -> NDArray[Any]:
@@ -222,16 +292,47 @@ class IndexedTokens:
         """Tokens of each document."""
         return np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in self.parts)])
 
+    @property
+    def eos_id(self) -> int:
+        """What ends a document; only where there are raw files."""
+        return next(part.eos_id for part in self.parts if isinstance(part, RawFile))
+
     @cached_property
     def _first_documents(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *(len(part.lengths) for part in self.parts)])
+        return np.cumsum([0, *(part.num_documents for part in self.parts)])
 
     def __len__(self) -> int:
         return int(self._first_documents[-1])
 
-    def document(self, index: int) -> NDArray[np.int64]:
-        """Ids of one document, its end-of-text token included."""
+    def document(self, index: int, max_tokens: int | None = None) -> NDArray[np.int64]:
+        """Ids of one document, its end-of-text token included, or the first `max_tokens` of them."""
         number = int(np.searchsorted(self._first_documents, index, "right")) - 1
         part, place = self.parts[number], index - int(self._first_documents[number])
-        start = int(part.starts[place])
-        return part.tokens[start : start + int(part.lengths[place])].astype(np.int64)
+        start, end = part.span(place)
+        return part.tokens[start : end if max_tokens is None else min(end, start + max_tokens)].astype(np.int64)
+
+    def document_from(self, number: int, start: int, max_tokens: int) -> NDArray[np.int64]:
+        """Up to `max_tokens` ids of the document that begins at this token of this part; see `sample_starts`."""
+        tokens = self.parts[number].tokens
+        return tokens[start : end_of_document(tokens, self.eos_id, start, start + max_tokens)].astype(np.int64)
+
+    def sample_starts(self, count: int) -> list[tuple[int, int]] | None:
+        """Up to `count` documents that begin after evenly spaced tokens, each as (number of its part, first token).
+
+        None where the documents are known without a long search, and can be counted instead. Documents are as likely
+        as the one before them is long, which for a shuffled data set is all alike.
+        """
+        if sum(len(part.tokens) for part in self.parts if isinstance(part, RawFile)) <= SEARCH_TOKENS:
+            return None
+        first_tokens = np.cumsum([0, *(len(part.tokens) for part in self.parts)])
+        positions = np.linspace(0, self.num_tokens, count, endpoint=False).astype(np.int64)
+        found = []
+        for number, part in enumerate(self.parts):
+            first, last = first_tokens[number : number + 2]
+            start = -1
+            for position in (positions[(positions >= first) & (positions < last)] - first).tolist():
+                if position > start:  # otherwise it lies before the document that was found last
+                    start = end_of_document(part.tokens, self.eos_id, position - 1, last - first) if position else 0
+                    if start < last - first:
+                        found.append((number, start))
+        return found

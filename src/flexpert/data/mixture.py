@@ -87,11 +87,12 @@ def training_windows(
 
 
 def check_one_tokenizer(data: TrainDataConfig) -> None:
-    """Raises `UserError` where data sets of a mixture were tokenised with different tokenizers."""
+    """Raises `UserError` where data sets of a mixture were tokenised with different tokenizers or ends of documents."""
     (first, path), *others = data.dirs.items()
-    digest = read_manifest(Path(path)).tokenizer_digest
+    expected = read_manifest(Path(path))
     for name, other in others:
-        if read_manifest(Path(other)).tokenizer_digest != digest:
+        found = read_manifest(Path(other))
+        if (found.tokenizer_digest, found.eos_id) != (expected.tokenizer_digest, expected.eos_id):
             raise UserError(
                 f"data.dirs.{name}={other} was tokenised with another tokenizer than data.dirs.{first}={path}: "
                 f"prepare it again with tokenizer={path}/tokenizer"

@@ -12,10 +12,17 @@ from numpy.typing import NDArray
 
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.config.stages import PrepareConfig
-from flexpert.data.documents import Document, Fields, input_files, read_batches, read_documents
+from flexpert.data.documents import (
+    Document,
+    Fields,
+    input_files,
+    input_identity,
+    read_batches,
+    read_documents,
+)
 from flexpert.data.encode import Encoded, Encoder, encode_all, is_held_out, num_cores
 from flexpert.data.existing import refer_to_files
-from flexpert.data.hashes import hashes_file, read_hashes, write_hashes
+from flexpert.data.hashes import are_among, hashes_file, open_hashes, write_hashes
 from flexpert.data.indexed import IndexedWriter, file_of, token_dtype
 from flexpert.data.progress import PrepareProgress
 from flexpert.data.shards import merge_shards, shard_directory
@@ -60,6 +67,7 @@ def run(config: PrepareConfig, resolved: str) -> None:
 def write_data_set(config: PrepareConfig, directory: Path, output: Path) -> None:
     """Fill `directory`, which is to become `output`, and tell what is in it."""
     tokenizer = prepare_tokenizer(config, directory / "tokenizer")
+    inputs = None if config.shard is None else input_identity(config.data.documents or "")
     dropped = dict.fromkeys(("bad", "empty", "duplicates", "excluded"), 0)
     if config.data.tokens is not None:
         splits = refer_to_files(config.data, tokenizer)
@@ -76,6 +84,8 @@ def write_data_set(config: PrepareConfig, directory: Path, output: Path) -> None
         "dropped": dropped,
         "splits": splits,
     }
+    if inputs is not None:
+        content["inputs"] = inputs
     write_record(directory / "manifest.json", "flexpert.data", content)
     print(f"{output}: {totals(splits)}")
     if any(dropped.values()):
@@ -203,7 +213,7 @@ def write_splits(
             if data.deduplicate:
                 kept = first_occurrences(batch.text_hashes, seen)
                 dropped["duplicates"] += int((~kept).sum())
-            known = np.isin(batch.document_hashes, excluded) & kept & ~batch.held_out
+            known = are_among(batch.document_hashes, excluded) & kept & ~batch.held_out
             dropped["excluded"] += int(known.sum())
             held_out = kept & batch.held_out
             if config.valid_documents is not None:
@@ -215,19 +225,19 @@ def write_splits(
     return {"train": train.entry(), "valid": valid.entry()}
 
 
-def excluded_hashes(directories: list[str]) -> NDArray[np.uint64]:
-    """Hashes of the documents that these data sets hold out.
+def excluded_hashes(directories: list[str]) -> list[NDArray[np.uint64]]:
+    """Hashes of the documents that these data sets hold out, each part sorted.
 
     Raises:
         UserError: one of them has no hashes.
     """
-    found = [np.zeros(0, np.uint64)]
+    found = []
     for directory in directories:
-        hashes = read_hashes(Path(directory), "valid")
+        hashes = open_hashes(Path(directory), "valid")
         if hashes is None:
             raise UserError(f"data.exclude={directory} has no valid.hashes.bin: prepare it again, or leave it out")
-        found.append(hashes)
-    return np.concatenate(found)
+        found += hashes
+    return found
 
 
 def first_occurrences(hashes: list[bytes], seen: set[bytes]) -> NDArray[np.bool_]:

@@ -6,11 +6,13 @@ of them: its manifest lists their token files, and nothing is copied but the tok
 
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from flexpert.data.hashes import num_in_several, open_hashes
 from flexpert.errors import UserError
 from flexpert.records import read_record, write_atomic, write_record
 from flexpert.stage import comparable, said
@@ -50,6 +52,19 @@ def merge_shards(output: Path) -> None:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
     counts = ", ".join(f"{name}: {s['documents']:,} documents {s['tokens']:,} tokens" for name, s in splits.items())
     print(f"{output}: {counts} in {len(shards)} shards")
+    if comparable(recipe)["data.deduplicate"]:
+        tell_duplicates(output)
+
+
+def tell_duplicates(output: Path) -> None:
+    """`data.deduplicate` works inside a shard; what is in several is counted, at the cost of reading all hashes."""
+    found = [open_hashes(output, split) for split in SPLITS]  # copies are in the same split of every shard
+    count = sum(num_in_several(parts) for parts in found if parts is not None)
+    if count:
+        print(
+            f"note: {count:,} texts are in more than one shard, apart from case and blanks, and stay: "
+            "data.deduplicate compares the texts of a shard"
+        )
 
 
 def merged_split(output: Path, shards: list[Path], entries: list[dict[str, Any]], split: str) -> dict[str, Any]:
@@ -87,7 +102,7 @@ def check_recipes(shards: list[Path], records: list[dict[str, Any]]) -> str:
     """The configuration that the shards have in common, as one of the whole data set.
 
     Raises:
-        UserError: a shard was prepared with other settings, or its tokenizer was another one.
+        UserError: a shard was prepared with other settings, or its tokenizer or the input files were other ones.
     """
     texts = [(shard / "resolved.yaml").read_text(encoding="utf-8") for shard in shards]
     recipes = [{key: value for key, value in comparable(text).items() if key != "shard"} for text in texts]
@@ -98,6 +113,21 @@ def check_recipes(shards: list[Path], records: list[dict[str, Any]]) -> str:
                     f"{key} of {shard} was {said(recipe, key)}, and of {shards[0].name} {said(recipes[0], key)}: "
                     "remove one of them and prepare it again"
                 )
-        if record["tokenizer_digest"] != records[0]["tokenizer_digest"]:
+        if any(record[key] != records[0][key] for key in ("tokenizer_digest", "eos_id")):
             raise UserError(f"{shard} has another tokenizer than {shards[0].name}: remove one and prepare it again")
+    check_inputs(shards, records)
     return yaml.safe_dump({**yaml.safe_load(texts[0]), "shard": None}, sort_keys=False)
+
+
+def check_inputs(shards: list[Path], records: list[dict[str, Any]]) -> None:
+    """Raises `UserError` where a shard was dealt from other files than most: some are in two shards, some in none."""
+    found = [record.get("inputs") or {"count": "unknown", "sha256": None} for record in records]
+    usual, _ = Counter(inputs["sha256"] for inputs in found).most_common(1)[0]
+    most = next(number for number, inputs in enumerate(found) if inputs["sha256"] == usual)
+    for shard, inputs in zip(shards, found, strict=True):
+        if inputs["sha256"] != usual:
+            raise UserError(
+                f"{shard} was dealt from other files than {shards[most].name} ({inputs['count']} files matched "
+                f"data.documents then, and {found[most]['count']}; else names or sizes differ): put back the files as "
+                f"they were for {shards[most].name}, remove {shard.name} and prepare it again"
+            )

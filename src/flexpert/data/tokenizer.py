@@ -22,7 +22,8 @@ class Tokenizer:
         directory: where its files are.
         eos_id: id of the token that ends a document.
         pad_id: id of the padding token, or None.
-        digest: digest of its content; equal for equal tokenizers, whatever the files look like.
+        digest: see `tokenizer_digest`; equal for tokenizers that give the same ids, whatever the files look like, and
+            says nothing of `eos_id`.
     """
 
     directory: Path

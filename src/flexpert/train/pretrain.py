@@ -78,3 +78,9 @@ def check_tokenizer(model: Path, manifest: DataManifest) -> None:
             f"the data in {manifest.directory} was tokenised with another tokenizer than {model} has: "
             f"prepare it again with tokenizer={model}"
         )
+    eos_id = load_tokenizer(model).eos_id
+    if eos_id != manifest.eos_id:
+        raise UserError(
+            f"documents in {manifest.directory} end in {manifest.eos_id}, and the tokenizer of {model} has the "
+            f"end-of-text id {eos_id}: prepare them again with tokenizer={model}"
+        )
