@@ -16,6 +16,7 @@ STAGES = {
     "expert": ("flexpert.train.expert:run", "public model + one owner's tokens → contribution"),
     "assemble": ("flexpert.assembly.stages:run_assemble", "public model + contributions → one mixture"),
     "remove": ("flexpert.assembly.stages:run_remove", "assembled model → the same without some experts"),
+    "verify": ("flexpert.assembly.stages:run_verify", "a contribution or assembled model: is it what it says?"),
     "tune_router": ("flexpert.train.tune_router:run", "assembled model + tokens → the same with tuned router rows"),
     "evaluate": ("flexpert.evaluation.evaluate:run", "bits per byte, answers and routing, under any choice of experts"),
     "generate": ("flexpert.evaluation.generate:run", "continue a prompt"),

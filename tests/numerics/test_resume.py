@@ -1,7 +1,9 @@
 """Exact resume: a run that was stopped anywhere goes on, and ends, as the one that was not: bit for bit."""
 
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,10 +17,14 @@ import pytest
 import torch
 from toy import SHAPE, train
 
+from flexpert.checkpoint import distributed
 from flexpert.cli import run_stage
 from flexpert.config.compose import compose
+from flexpert.config.groups import ModelConfig
 from flexpert.errors import UserError
+from flexpert.model.transformer import Transformer
 from flexpert.monitor.jsonl import read_metrics
+from flexpert.records import sha256_file
 from flexpert.train import expert, pretrain, tune_router
 from flexpert.train.callbacks import Callback
 from flexpert.train.loop import Trainer
@@ -253,6 +259,96 @@ def test_a_resumed_run_gives_up_after_the_same_step(
         with pytest.raises(UserError, match="3 steps in a row"):
             run.start_from((".", step))
         assert list(run.seen) == [(".", later) for later in range(step, 4)]
+
+
+class Code:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+Saved = tuple[Path, Transformer, torch.optim.Optimizer]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """A checkpoint of step 3, and what it is of."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12))
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.head(model(torch.arange(8)[None]).stream_BSD).square().mean().backward()
+    optimizer.step()
+    distributed.save(tmp_path, 3, model, optimizer, {"skipped_steps": 5})
+    return tmp_path / "step-000000003", model, optimizer
+
+
+def list_files(checkpoint: Path, names: list[str]) -> None:
+    """Make checkpoint.json list these files as they are, as somebody who altered them would."""
+    path = checkpoint / "checkpoint.json"
+    files = {name: sha256_file(checkpoint / name) for name in names}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+
+
+def assert_refused(saved: Saved, *parts: str) -> None:
+    path, model, optimizer = saved
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(UserError) as caught:
+        distributed.load(path.parent, 3, model, optimizer)
+    assert all(part in str(caught.value) for part in [str(path), *parts]) and "\n" not in str(caught.value)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_checkpoint_restores_what_was_saved(saved: Saved) -> None:
+    path, model, optimizer = saved
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    for tensor in [*model.parameters(), *(state["exp_avg"] for state in optimizer.state.values())]:
+        tensor.data.zero_()
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert distributed.load(path.parent, 3, model, optimizer)["skipped_steps"] == 5
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    assert all(map(torch.equal, (state["exp_avg"] for state in optimizer.state.values()), moments))
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_a_checkpoint_with_a_file_that_it_does_not_list_is_refused(saved: Saved, tmp_path: Path) -> None:
+    path = saved[0]
+    shard = next(path.glob("*.distcp")).name
+    (path / "more.distcp").touch()
+    assert_refused(saved, "more.distcp is not listed")
+    (path / "more.distcp").unlink()
+    (path / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
+    assert_refused(saved, ".metadata is missing or altered")
+    list_files(path, [shard])
+    assert_refused(saved, ".metadata is not listed in checkpoint.json")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_cannot_run_code_even_if_its_hashes_agree(saved: Saved, tmp_path: Path) -> None:
+    path, shard = saved[0], next(saved[0].glob("*.distcp"))
+    metadata = (path / ".metadata").read_bytes()
+    for content in (Code(tmp_path / "ran"), ["no metadata"]):
+        (path / ".metadata").write_bytes(pickle.dumps(content))
+        list_files(path, [".metadata", shard.name])
+        assert_refused(saved, "is no checkpoint of ours")
+    # The learning rate is stored as a pickle, too: its place in the shard is of a few hundred bytes.
+    (path / ".metadata").write_bytes(metadata)
+    record = pickle.loads(metadata)
+    found = next(info for index, info in record.storage_data.items() if index.fqn.endswith(".lr"))
+    buffer = io.BytesIO()
+    torch.save(Code(tmp_path / "ran"), buffer)
+    found.offset, found.length = shard.stat().st_size, len(buffer.getvalue())
+    shard.write_bytes(shard.read_bytes() + buffer.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(record))
+    list_files(path, [".metadata", shard.name])
+    assert_refused(saved, "is no checkpoint of ours")
+    assert not (tmp_path / "ran").exists()
 
 
 #: Runs a command, and then others one after another, each in a process of its own that has PyTorch loaded already.

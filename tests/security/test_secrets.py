@@ -145,6 +145,7 @@ def test_the_resolved_config_of_a_stage_holds_nothing_of_the_environment(
         "expert": ["base=/b", "data.dir=/d", "train.steps=1", "router.init=random", "name=math"],
         "assemble": ["base=/b", "contributions=/c"],
         "remove": ["model=/m", "experts=news"],
+        "verify": ["contribution=/c"],
         "tune_router": ["model=/m", "data.dir=/d", "train.steps=1"],
         "evaluate": ["model=/m", "data.dirs.a=/d", "output_dir=/o"],
         "generate": ["model=/m", "prompt=${oc.env:HF_TOKEN} A private prompt"],

@@ -14,10 +14,12 @@ import torch
 from toy import write_texts
 
 from flexpert.baselines.btm import btm_nll
-from flexpert.checkpoint.huggingface import load_model, save_model
+from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.huggingface import inference_dtype, load_model, save_model
 from flexpert.cli import run_stage
 from flexpert.data.tokenizer import load_tokenizer
 from flexpert.evaluation.documents import Document, EvaluationSet, document_windows, load_set
+from flexpert.evaluation.gates import check_gates
 from flexpert.evaluation.score import CHUNK_TOKENS, score, summary
 from flexpert.evaluation.table import print_bits
 from flexpert.model.generate import generate
@@ -354,3 +356,68 @@ def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     print_bits({"exclude": [], "domains": domains, "methods": methods})
     shown = capsys.readouterr().out
     assert "[news]" in shown and "[/x]" in shown
+
+
+@pytest.mark.parametrize("kind", ["mixture", "dense"])
+@pytest.mark.parametrize("active", [None, 3])
+def test_a_model_stored_in_bf16_is_held_so_on_cuda_alone_and_computes_in_it(
+    kind: str, active: int | None, road: Path, models: Path, tmp_path: Path
+) -> None:
+    """The modules take the type on every device: scores and continuations agree with those in fp32 but for rounding."""
+    whole, directory = load_model(models / kind)
+    (tmp_path / "half").mkdir()
+    save_model(whole, tmp_path / "half", load_tokenizer(road / "public/model"), torch.bfloat16)
+    stored = ModelDirectory.open(tmp_path / "half")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [inference_dtype(stored, device) for device in (cpu, cuda)] == [torch.float32, torch.bfloat16]
+    assert [inference_dtype(directory, device) for device in (cpu, cuda)] == [torch.float32, torch.float32]
+    model = load_model(tmp_path / "half", active_experts=active, dtype=None)[0]
+    half = load_model(tmp_path / "half", active_experts=active, dtype=torch.bfloat16)[0]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    data = load_set("letters", road / "data/letters", "valid", 4)
+    exact, rounded = score(model, data, LENGTH, 4), score(half, data, LENGTH, 4)
+    # bf16 keeps 8 bits: a relative error of 2^-8 in every product, of logits of a few units
+    assert summary(rounded, data, ["a", "b", "c"])["bits_per_byte"] == pytest.approx(
+        summary(exact, data, ["a", "b", "c"])["bits_per_byte"], rel=0.02
+    )
+    prompt = torch.arange(5, 11)[None]
+    new = [int(generate(one, prompt, 1, eos_id=1)[0, 0]) for one in (model, half)]
+    logits_V = model.logits(prompt)[0, -1]
+    assert logits_V[new[1]] > logits_V[new[0]] - 0.05 * logits_V.abs().max(), "as likely, but for the rounding"
+    assert generate(half, prompt.repeat(2, 1), 3, eos_id=1).shape == (2, 3)
+
+
+def losses(**bits: float) -> dict[str, Any]:
+    return {"domains": {name: {"bits_per_byte": value} for name, value in bits.items()}, "experts": list(bits)}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["code", "math", "news"])
+def test_no_claim_holds_over_a_value_that_is_not_finite(bad: float, place: str) -> None:
+    model = {"code": 1.0, "math": 1.0, "news": 1.0}
+    methods = {
+        "model": losses(**model),
+        "public": losses(**{"code": 3.0, "math": 2.0, "news": 4.0} | {place: bad}),
+        "soup": losses(**model),
+        **{f"without {name}": losses(**model | {place: bad}) for name in model},
+    }
+    content = {"domains": {name: {} for name in model}, "methods": methods}
+    for name, threshold in {"gain_over_public": 0.5, "removal_on_others": 0.5, "removal_on_own": -1.0}.items():
+        (gate,) = check_gates(content, {name: threshold})
+        assert not gate.holds and not math.isfinite(gate.value) and place in gate.where, name
+
+
+def test_a_gate_reports_the_worst_value() -> None:
+    methods = {
+        "model": losses(math=1.0, news=1.0),
+        "public": losses(math=1.5, news=1.25),
+        "without math": losses(math=2.0, news=1.0625),
+        "without news": losses(math=1.125, news=2.0),
+    }
+    content = {"domains": {"math": {}, "news": {}}, "methods": methods}
+    gates = check_gates(content, {"gain_over_public": 0.2, "removal_on_others": 0.125})
+    assert [(gate.value, gate.where, gate.holds) for gate in gates] == [
+        (0.25, "news", True),
+        (0.125, "math without news", False),
+    ]

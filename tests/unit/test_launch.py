@@ -1,5 +1,6 @@
 """The launcher without training: what it refuses before it starts, whose overrides win, what an interrupt leaves."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 from flexpert.config.compose import compose
 from flexpert.config.groups import LauncherConfig
 from flexpert.errors import UserError
-from flexpert.launch import display
-from flexpert.launch.graph import Node, Records, build_graph
+from flexpert.launch import display, graph
+from flexpert.launch.graph import Node, Records, build_graph, output_files
 from flexpert.launch.local import LocalLauncher
 from flexpert.launch.pipeline import check_evaluable, compose_all, run
 from flexpert.launch.walk import Ended, StageFailed, Walk
@@ -352,6 +353,37 @@ def test_stages_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     while stage.exists() and stage.read_bytes():  # a process that nobody has waited for yet has an empty one
         assert time.monotonic() < before + 10
         time.sleep(0.01)
+
+
+def test_large_files_of_a_data_set_are_known_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "LARGE_BYTES", 50)
+    nodes = [
+        Node("data", "prepare", (), tmp_path / "data"),
+        Node("public", "pretrain", (), tmp_path / "public/model", ("data",)),
+    ]
+    contents = {"manifest.json": b"m" * 60, "train.bin": b"t" * 51, "train.idx": b"i" * 50, "tokenizer/t.json": b"j"}
+    for node in nodes:
+        for name, content in contents.items():
+            (node.output / name).parent.mkdir(parents=True, exist_ok=True)
+            (node.output / name).write_bytes(content)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    assert output_files(nodes[0]) == hashes | {"train.bin": "51 bytes"}
+    assert output_files(nodes[1]) == hashes
+    records, by_name = Records(tmp_path), {node.name: node for node in nodes}
+    records.directory.mkdir()
+    for node in nodes:
+        records.write(node, by_name)
+    assert records.complete(nodes) == {"data", "public"}
+    changes = [("data/train.bin", b"t" * 52), ("data/manifest.json", b"M" * 60), ("data/tokenizer/t.json", b"k")]
+    for path, content in [*changes, ("public/model/train.bin", b"T" * 51)]:
+        before = (tmp_path / path).read_bytes()
+        (tmp_path / path).write_bytes(content)
+        with pytest.raises(UserError, match="was altered after it was made"):
+            records.complete(nodes)
+        (tmp_path / path).write_bytes(before)
+    (tmp_path / "data/more.bin").touch()
+    with pytest.raises(UserError, match="data was altered"):
+        records.complete(nodes)
 
 
 def test_records_hold_the_recipe_and_the_files(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from flexpert.assembly import files
 from flexpert.assembly import tensors as stream
 from flexpert.assembly.assemble import assemble
-from flexpert.assembly.files import MAX_FILE_BYTES, ModelWriter, written
+from flexpert.assembly.files import ModelWriter, written
 from flexpert.assembly.record import read_assembly
 from flexpert.assembly.remove import remove
 from flexpert.assembly.tensors import Stopped, TensorSource, open_tensors
 from flexpert.assembly.verify import verify_model
 from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.records import sha256_file
 
 Refused = Callable[..., AbstractContextManager[None]]

@@ -191,6 +191,32 @@ def test_an_altered_or_missing_file_is_refused_and_nothing_is_left(
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_record_that_gives_an_expert_the_files_of_another_is_refused(
+    model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """Herald's place, and so the names of its tensors, would become that of news, whose weights would stay."""
+    path = model / "assembly.json"
+    record = json.loads(path.read_text())
+    _, news, herald, _ = record["experts"]
+    news["files"], herald["files"] = herald["files"], news["files"]
+    path.write_text(json.dumps(record))
+    for expert, file in (("news", "expert-news.safetensors"), ("herald", "expert-herald.safetensors"), ("math", "")):
+        with refused(model / file, "assemble the model again"):
+            remove(model, [expert], tmp_path / "removed")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tensor_in_two_files_of_the_model_is_refused(model: Path, tmp_path: Path, refused: Refused) -> None:
+    path = model / "assembly.json"
+    record = json.loads(path.read_text())
+    record["trunk"].append(record["experts"][1]["files"][0] | {"name": "more.safetensors"})
+    (model / "more.safetensors").write_bytes((model / "expert-news.safetensors").read_bytes())
+    path.write_text(json.dumps(record))
+    with refused(model, "more.safetensors", "expert-news.safetensors"):
+        remove(model, ["math"], tmp_path / "removed")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_damaged_file_of_the_removed_expert_does_not_matter(model: Path, tmp_path: Path) -> None:
     (model / "expert-news.safetensors").unlink()
     assert len(remove(model, ["news"], tmp_path / "removed").experts) == 3

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from flexpert.assembly.assemble import check_active, check_together
-from flexpert.assembly.files import MAX_FILE_BYTES
 from flexpert.assembly.record import AssemblyRecord, read_assembly
 from flexpert.assembly.remove import write_changed, write_rows
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.layout import model_class
+from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.contribution.record import PUBLIC_ID
 from flexpert.contribution.verify import OpenContribution, check_against_base, open_contribution
 from flexpert.errors import UserError

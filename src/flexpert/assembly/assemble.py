@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexpert.assembly.files import MAX_FILE_BYTES, ModelWriter, Pending, new_directory, written
-from flexpert.assembly.record import AssemblyRecord, ExpertEntry, write_assembly
+from flexpert.assembly.files import ModelWriter, Pending, new_directory, written
+from flexpert.assembly.record import GENERATION_FILE, AssemblyRecord, ExpertEntry, write_assembly
 from flexpert.assembly.tensors import (
     INDEX_FILE,
     ITEM_BYTES,
@@ -36,6 +36,7 @@ from flexpert.checkpoint.layout import (
     model_shapes,
     router_name,
 )
+from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.contribution.record import PUBLIC_ID
 from flexpert.contribution.verify import OpenContribution, check_against_base, open_contribution
 from flexpert.errors import UserError
@@ -95,8 +96,8 @@ def assemble(
         writing = [begin_expert(writer, index, expert, max_file_bytes) for index, expert in enumerate(experts, start=1)]
         router = _write_routers(directory, model, experts, biased)
         tokenizer = tuple(copy_file(base, directory, name) for name in TOKENIZER_FILES if (base / name).exists())
-        if (base / "generation_config.json").exists():
-            copy_file(base, directory, "generation_config.json")
+        has_generation = (base / GENERATION_FILE).exists()
+        generation = copy_file(base, directory, GENERATION_FILE) if has_generation else None
 
         trunk, public = written(writing_trunk), written(writing_public)
         base_digest = _digest_of_written(trunk, public, model.config.num_layers, tokenizer_digest(directory))
@@ -117,6 +118,7 @@ def assemble(
             router=router.entry,
             trunk=entries(trunk),
             tokenizer=tokenizer,
+            generation=generation,
             experts=(
                 ExpertEntry(PUBLIC_ID, "Public", None, None, entries(public)),
                 *(expert_entry(expert, files) for expert, files in zip(experts, own, strict=True)),
@@ -247,14 +249,15 @@ def write_config_and_index(directory: Path, config: dict[str, Any], files: Seque
     """Write `config.json` and the index of the files that were written, which must hold what the config calls for.
 
     Raises:
-        UserError: a tensor is missing, left over, or has another shape; the message names `source`, the model that the
-            files were made from.
+        UserError: a tensor is missing, left over, there twice, or has another shape; the message names `source`, the
+            model that the files were made from.
     """
     digests: dict[str, TensorDigest] = {}
     weight_map: dict[str, str] = {}
     for file in files:
         for name, digest in file.tensors.items():
-            assert name not in digests, f"{name} was written to {weight_map[name]} and to {file.name}"
+            if name in digests:
+                raise UserError(f"{source} has {name!r} in {weight_map[name]} and in {file.name}; assemble it again")
             digests[name] = digest
             weight_map[name] = file.name
     shapes = {name: digest.shape for name, digest in digests.items()}

@@ -13,8 +13,6 @@ from flexpert.assembly.tensors import FileRecord, TensorSource, write_tensors
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
 
-#: Weights in one file, bytes, as in the models on the Hugging Face Hub.
-MAX_FILE_BYTES = 5 << 30
 #: Each has two threads and two pieces of `BUFFER_BYTES` in hand, so eight stay far below 512 MiB.
 FILES_AT_A_TIME = min(8, max(2, os.cpu_count() or 1))
 

@@ -13,6 +13,7 @@ from flexpert.records import read_record, write_record
 
 ASSEMBLY_KIND = "flexpert.assembly"
 RECORD_NAME = "assembly.json"
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class AssemblyRecord:
         router: the file of the routers of all layers.
         trunk: the files of everything that is neither router nor FFN.
         tokenizer: the tokenizer's files.
+        generation: `generation_config.json`, where the public model has one; models of before it was listed have None.
         experts: in the order of their indices.
         removed: experts that were removed, where the user asked to keep the number.
     """
@@ -84,15 +86,18 @@ class AssemblyRecord:
     experts: tuple[ExpertEntry, ...]
     tuned: bool = False
     removed: int = 0
+    generation: FileEntry | None = None
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file that is listed."""
-        return (*self.trunk, self.router, *(file for expert in self.experts for file in expert.files), *self.tokenizer)
+        own = (file for expert in self.experts for file in expert.files)
+        return (*self.trunk, self.router, *own, *self.tokenizer, *([self.generation] if self.generation else []))
 
     def to_json(self) -> dict[str, Any]:
         tuned = {"tuned": True} if self.tuned else {}
         removed = {"removed": self.removed} if self.removed else {}
+        generation = {"generation": self.generation.to_json()} if self.generation else {}
         return {
             "base_digest": self.base_digest,
             "architecture": self.architecture.to_json(),
@@ -100,6 +105,7 @@ class AssemblyRecord:
             "router": {"bias": self.biased, **tuned, "file": self.router.to_json()},
             "trunk": [file.to_json() for file in self.trunk],
             "tokenizer": [file.to_json() for file in self.tokenizer],
+            **generation,
             "experts": [expert.to_json() for expert in self.experts],
             **removed,
         }
@@ -137,6 +143,7 @@ def read_assembly(directory: Path) -> AssemblyRecord:
         experts=experts,
         tuned=require(router, "tuned", bool, where) if "tuned" in router else False,
         removed=require(record, "removed", int, where) if "removed" in record else 0,
+        generation=FileEntry.from_json(record["generation"], where) if "generation" in record else None,
     )
     if len({file.name for file in assembly.files}) < len(assembly.files):
         raise UserError(f"{where} lists a file twice; assemble the model again")

@@ -18,12 +18,20 @@ from flexpert.assembly.assemble import (
     write_config_and_index,
     write_routers,
 )
-from flexpert.assembly.files import MAX_FILE_BYTES, ModelWriter, Pending, new_directory, written
-from flexpert.assembly.record import AssemblyRecord, ExpertEntry, read_assembly, select_experts, write_assembly
+from flexpert.assembly.files import ModelWriter, Pending, new_directory, written
+from flexpert.assembly.record import (
+    GENERATION_FILE,
+    AssemblyRecord,
+    ExpertEntry,
+    read_assembly,
+    select_experts,
+    write_assembly,
+)
 from flexpert.assembly.tensors import ITEM_BYTES, FileRecord
 from flexpert.assembly.verify import copy_checked, copy_file, copy_tensors, read_small
 from flexpert.checkpoint.directory import check_config
 from flexpert.checkpoint.layout import PROJECTIONS, expert_name, model_class, model_config, router_name
+from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.contribution.record import PUBLIC_ID
 from flexpert.contribution.verify import OpenContribution
 from flexpert.errors import UserError
@@ -107,7 +115,7 @@ def write_changed(
     num_layers = record.architecture.num_hidden_layers
     with new_directory(output) as directory, ModelWriter(directory) as writer:
 
-        def copy(files: Sequence[FileEntry], new_names: Mapping[str, str]) -> Pending:
+        def copy(files: Sequence[FileEntry], new_names: Mapping[str, str] | None) -> Pending:
             return [writer.submit(copy_tensors, model, directory, file, new_names) for file in files]
 
         def begin(index: int, expert: int | OpenContribution) -> Pending:
@@ -120,17 +128,27 @@ def write_changed(
                 return replace(record.experts[expert], files=entries(written(writing)))
             return expert_entry(expert, finish_expert(writing, index, expert))
 
-        writing_trunk = copy(record.trunk, {})
+        writing_trunk = copy(record.trunk, None)
         writing = [begin(index, expert) for index, expert in enumerate(experts)]
         tokenizer = tuple(copy_checked(model, directory, file) for file in record.tokenizer)
-        if (model / "generation_config.json").exists():
-            copy_file(model, directory, "generation_config.json")
+        generation = record.generation
+        if generation is not None:
+            copy_checked(model, directory, generation)
+        elif (model / GENERATION_FILE).exists():
+            generation = copy_file(model, directory, GENERATION_FILE)
         router = write_router(directory)
         trunk = written(writing_trunk)
         own = [finish(*numbered, files) for numbered, files in zip(enumerate(experts), writing, strict=True)]
         files = [*trunk, router, *(file for pending in writing for file in written(pending))]
         write_config_and_index(directory, config, files, model)
-        result = replace(record, router=router.entry, trunk=entries(trunk), tokenizer=tokenizer, experts=tuple(own))
+        result = replace(
+            record,
+            router=router.entry,
+            trunk=entries(trunk),
+            tokenizer=tokenizer,
+            generation=generation,
+            experts=tuple(own),
+        )
         write_assembly(directory, result)
     return result
 

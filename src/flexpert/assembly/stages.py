@@ -1,6 +1,6 @@
-"""`flexpert assemble` and `flexpert remove`.
+"""`flexpert assemble`, `flexpert remove` and `flexpert verify`.
 
-Neither writes its `resolved.yaml` into the model: a model directory is passed on, and the paths and names in that file
+None writes its `resolved.yaml` into the model: a model directory is passed on, and the paths and names in that file
 are nobody's business there. `assembly.json` says what a model consists of.
 """
 
@@ -9,8 +9,12 @@ from pathlib import Path
 from flexpert.assembly.add import add
 from flexpert.assembly.assemble import assemble
 from flexpert.assembly.remove import remove
+from flexpert.assembly.verify import verify_model
+from flexpert.checkpoint.digest import base_digest
 from flexpert.checkpoint.directory import ModelDirectory
-from flexpert.config.stages import AssembleConfig, RemoveConfig
+from flexpert.config.stages import AssembleConfig, RemoveConfig, VerifyConfig
+from flexpert.contribution.verify import check_against_base, verify
+from flexpert.errors import UserError
 
 
 def run_assemble(config: AssembleConfig, resolved: str) -> None:
@@ -44,6 +48,52 @@ def run_remove(config: RemoveConfig, resolved: str) -> None:
         )
     print(f"took out {', '.join(config.experts)}; left: {summary(output)}")
     print(output)
+
+
+def run_verify(config: VerifyConfig, resolved: str) -> None:
+    """Print what a contribution or a model is and what was checked; writes nothing.
+
+    Raises:
+        UserError: it is not what its record says, or was trained on another base.
+    """
+    if config.model is not None:
+        lines = verified_model(Path(config.model))
+    else:
+        assert config.contribution is not None, "the config was checked"
+        lines = verified_contribution(Path(config.contribution), Path(config.base) if config.base else None)
+    print("\n".join([*lines, "  hashes find damage and mix-ups; whose work it is, they do not prove"]))
+
+
+def verified_contribution(directory: Path, base: Path | None) -> list[str]:
+    public = ModelDirectory.open(base) if base is not None else None
+    if public is not None and public.experts:
+        raise UserError(f"base={base} is a mixture; give the public model that the expert was trained on")
+    contribution = verify(directory)
+    if public is not None:
+        check_against_base(contribution, public, base_digest(public.path))
+    identity, num_files = contribution.identity, len(contribution.files)
+    return [
+        f"{directory} is the contribution {identity.id} ({identity.title}; {identity.license or 'no licence stated'})",
+        f"  digest {contribution.digest}",
+        f"  of the base {contribution.base_digest}",
+        f"  checked: SHA-256 of {num_files} file{'s' if num_files > 1 else ''} and {len(contribution.tensors)} tensors,"
+        f" {sum(file.bytes for file in contribution.files):,} bytes; every number is finite",
+        f"  checked: {base} is that base" if base is not None else "  not checked: its base (give base=DIR)",
+    ]
+
+
+def verified_model(directory: Path) -> list[str]:
+    record = verify_model(directory)
+    listed = {file.name for file in record.files}
+    others = sorted(path.name for path in directory.iterdir() if path.name not in listed)
+    return [
+        f"{directory} is {summary(directory)}",
+        f"  of the base {record.base_digest}{'; its router rows were tuned' if record.tuned else ''}",
+        *(f"  {expert.id}: {expert.contribution or 'the public expert'}" for expert in record.experts),
+        f"  checked: SHA-256 of {len(listed)} files, {sum(file.bytes for file in record.files):,} bytes;"
+        " config.json and index agree with them",
+        f"  without a hash: {', '.join(others)}",
+    ]
 
 
 def summary(directory: Path) -> str:

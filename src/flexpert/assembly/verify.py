@@ -17,7 +17,10 @@ from flexpert.records import sha256_file, sha256_hex
 
 
 def verify_model(directory: Path) -> AssemblyRecord:
-    """Check an assembled model down to its last byte.
+    """Check every file of an assembled model that its record lists, down to the last byte.
+
+    Two have no hash. The index must be true to the headers of the files. config.json must call for the tensors that are
+    there and agree with the record on the experts and the architecture; k, and what else it holds, is its own.
 
     Raises:
         UserError: as `read_assembly` and `ModelDirectory.open`, or a file was altered.
@@ -71,15 +74,30 @@ def read_small(model: Path, entry: FileEntry) -> tuple[Mapping[str, TensorInfo],
 
 
 def copy_tensors(
-    model: Path, directory: Path, entry: FileEntry, new_names: Mapping[str, str], stop: Event | None = None
+    model: Path, directory: Path, entry: FileEntry, new_names: Mapping[str, str] | None, stop: Event | None = None
 ) -> FileRecord:
-    """Write a file of the model again, with new names for some of its tensors; `stop` is `write_tensors`'s.
+    """Write a file of the model again.
+
+    Args:
+        model: where it lies.
+        directory: where it goes.
+        entry: the file.
+        new_names: a new name for every tensor that it may hold; None: the names stay.
+        stop: as `write_tensors`'s.
 
     Raises:
-        UserError: the file is missing, malformed or altered, or holds NaN or infinity.
+        UserError: the file is missing, malformed or altered, or holds NaN or infinity, or a tensor that has no new
+            name: it is not the file of the expert that the record says it is.
     """
     path = model / entry.name
     with SafetensorsFile.open(path) as file:
+        renamed = {name: name for name in file.tensors} if new_names is None else new_names
+        for name in file.tensors:
+            if name not in renamed:
+                raise UserError(
+                    f"{path} holds {name!r}, which is not of the expert that {RECORD_NAME} lists the file for; "
+                    "assemble the model again"
+                )
         content = hashlib.sha256(file.header)
 
         def read_hashed(name: str) -> Iterator[bytes]:
@@ -89,7 +107,7 @@ def copy_tensors(
 
         def sources(read: Callable[[str], Iterator[bytes]]) -> list[TensorSource]:
             return [
-                TensorSource(new_names.get(name, name), i.dtype, i.shape, partial(read, name), f"{path}: {name!r}")
+                TensorSource(renamed[name], i.dtype, i.shape, partial(read, name), f"{path}: {name!r}")
                 for name, i in file.tensors.items()
             ]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from flexpert.checkpoint.directory import ModelDirectory
-from flexpert.checkpoint.huggingface import load_model
+from flexpert.checkpoint.huggingface import inference_dtype, load_model
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer
 
@@ -22,12 +22,13 @@ def check_shapes(models: list[ModelDirectory]) -> None:
 
 @torch.no_grad()
 def soup(paths: list[Path], device: torch.device) -> Transformer:
-    """Average dense models, one in memory beside the sum.
+    """Average dense models in fp32, one in memory beside the sum; the result is held as the first is for inference.
 
     Raises:
         UserError: the models have different shapes.
     """
-    check_shapes([ModelDirectory.open(path) for path in paths])
+    models = [ModelDirectory.open(path) for path in paths]
+    check_shapes(models)
     mean = load_model(paths[0], device=device)[0]
     for path in paths[1:]:
         other = load_model(path, device=device)[0]
@@ -35,4 +36,4 @@ def soup(paths: list[Path], device: torch.device) -> Transformer:
             total.add_(parameter)
     for total in mean.parameters():
         total.div_(len(paths))
-    return mean
+    return mean.to(inference_dtype(models[0], device))

@@ -2,18 +2,25 @@
 
     checkpoints/step-000000200/{*.distcp, .metadata, checkpoint.json}
 
-`.metadata` is a pickle, so no file is opened before its SHA-256 has been compared with `checkpoint.json`.
+`checkpoint.json` lists every file with its SHA-256, and none is opened before that was compared. This finds damage, and
+nothing more: who alters a file can alter the list. What PyTorch writes are pickles; so that they cannot run code,
+whoever wrote them, they may name only PyTorch's own records of a checkpoint (`.metadata`), tensors and plain values.
 """
 
+import io
+import pickle
 import re
 import shutil
 import warnings
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -22,10 +29,22 @@ from torch.distributed.checkpoint.state_dict import (
 
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
+from flexpert.fields import require
 from flexpert.model.transformer import Transformer
 from flexpert.records import read_record, sha256_file, write_record
 
 STEP_NAME = re.compile(r"step-(\d{9})")
+RECORD_NAME = "checkpoint.json"
+
+#: What `.metadata` is made of, beside `torch.dtype`s and paths.
+METADATA_PARTS: dict[tuple[str, str], Any] = {
+    (part.__module__, part.__qualname__): part
+    for part in (
+        metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, metadata.BytesStorageMetadata,
+        metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata, metadata.TensorProperties,
+        metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size, torch.serialization._get_layout,
+    )
+}  # fmt: skip
 
 
 def trained_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -53,7 +72,7 @@ def save(
         warnings.simplefilter("ignore")  # "torch.distributed is unavailable": one process is meant
         state_dict_saver.save(trained_state(model, optimizer), checkpoint_id=temporary, no_dist=True)
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-        write_record(temporary / "checkpoint.json", "flexpert.checkpoint", {"step": step, "files": files, **extra})
+        write_record(temporary / RECORD_NAME, "flexpert.checkpoint", {"step": step, "files": files, **extra})
 
 
 def steps(directory: Path) -> list[int]:
@@ -67,20 +86,82 @@ def load(directory: Path, step: int, model: Transformer, optimizer: torch.optim.
     """Restore model and optimiser in place from `directory/step-N`, and return its record.
 
     Raises:
-        UserError: a file is missing or is not the one that was written.
+        UserError: a file is missing, is not the one that was written or was put there, or asks for code to be run.
     """
     path = directory / f"step-{step:09d}"
-    record = read_record(path / "checkpoint.json", "flexpert.checkpoint")
-    for name, digest in record["files"].items():
-        if not (path / name).is_file() or sha256_file(path / name) != digest:
-            raise UserError(f"{path / name} is missing or altered: delete {path} to resume from the step before")
+    record = check_files(path)
     state = trained_state(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
+        try:
+            state_dict_loader.load(state, storage_reader=Reader(path), planner=LoadPlanner(), no_dist=True)
+        except (pickle.UnpicklingError, CheckpointException) as error:
+            causes = (
+                [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+            )
+            if not any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
+                raise
+            raise UserError(f"{path} is no checkpoint of ours, and is not loaded: delete it") from error
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     return record
+
+
+def check_files(path: Path) -> dict[str, Any]:
+    """The record of a checkpoint whose files are those that it lists, and no others.
+
+    Raises:
+        UserError: they are not.
+    """
+    record = read_record(path / RECORD_NAME, "flexpert.checkpoint")
+    files = require(record, "files", dict, path / RECORD_NAME)
+    remedy = f"delete {path} to resume from the step before"
+    for name in sorted({file.name for file in path.iterdir()} - {RECORD_NAME} - files.keys()):
+        raise UserError(f"{path / name} is not listed in {RECORD_NAME}: {remedy}")
+    for name, digest in files.items():
+        if not (path / name).is_file() or sha256_file(path / name) != digest:
+            raise UserError(f"{path / name} is missing or altered: {remedy}")
+    return record
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata`, and refuses a pickle that names anything else than that is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if part := METADATA_PARTS.get((module, name)):
+            return part
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if module in ("pathlib", "pathlib._local") and name == "PosixPath":  # Python 3.13 calls it the latter
+            return PosixPath
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
+
+
+class Reader(filesystem.FileSystemReader):
+    """PyTorch's, with `.metadata` read by `MetadataUnpickler`, at once; tensors it reads with `weights_only` anyway.
+
+    Raises:
+        pickle.UnpicklingError: `.metadata` is something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with open(path / ".metadata", "rb") as file:
+            self._metadata: metadata.Metadata = MetadataUnpickler(file).load()
+        if not isinstance(self._metadata, metadata.Metadata):
+            raise pickle.UnpicklingError("it holds no metadata")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        return self._metadata
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """PyTorch's, which unpickles what is no tensor (such as a learning rate) whatever it names; here it may not."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def retain(directory: Path, keep: int) -> None:

@@ -14,18 +14,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from flexpert.assembly.files import part_names, split
 from flexpert.assembly.record import select_experts
 from flexpert.assembly.tensors import INDEX_FILE, TensorSource, write_tensors
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.layout import DENSE, PROJECTIONS, assembled_config, expert_name, ffn_name, router_name
 from flexpert.config.groups import ModelConfig
+from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.data.tokenizer import Tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
 from flexpert.records import write_json
-
-SHARD_BYTES = 5 << 30
 
 
 class Slot(NamedTuple):
@@ -112,7 +112,7 @@ def load_model(
     exclude: list[str] | None = None,
     active_experts: int | None = None,
     device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> tuple[Transformer, ModelDirectory]:
     """Load a dense or assembled model, in evaluation mode and without gradients.
 
@@ -123,11 +123,13 @@ def load_model(
         path: Hugging Face directory.
         exclude: expert ids to leave out.
         active_experts: k; None: the directory's, or all experts left where fewer remain.
+        device: None: the CPU.
+        dtype: to hold the parameters in; None: `inference_dtype`.
 
     Raises:
         UserError: as `ModelDirectory.open`; an excluded id is not there; nothing is left; k is too large.
     """
-    directory = ModelDirectory.open(path)
+    directory, device = ModelDirectory.open(path), device or torch.device("cpu")
     config, kept = directory.config, None
     if exclude:
         if not directory.experts:
@@ -143,9 +145,19 @@ def load_model(
     left_out = set(range(directory.config.num_experts)) - set(kept or range(config.num_experts))
     ignored = {name for name in directory.files for index in left_out if f".mlp.experts.{index}." in name}
     assert sorted(sources) == sorted(directory.files.keys() - ignored), "every tensor is used exactly once"
-    model = build_on_meta(config).to_empty(device=device or torch.device("cpu")).to(dtype)
-    fill(model, slots, directory.files, device or torch.device("cpu"))
+    model = build_on_meta(config).to(dtype or inference_dtype(directory, device)).to_empty(device=device)
+    fill(model, slots, directory.files, device)
     return model.requires_grad_(False).eval(), directory
+
+
+def inference_dtype(directory: ModelDirectory, device: torch.device) -> torch.dtype:
+    """The type to hold a model in that is not trained: on CUDA bf16 where its files are, and otherwise fp32.
+
+    Where all parameters are bf16, the modules compute as they do under training's autocast: products in bf16, norms and
+    router in fp32.
+    """
+    is_bf16 = set(directory.dtypes.values()) == {"BF16"}
+    return torch.bfloat16 if is_bf16 and device.type == "cuda" else torch.float32
 
 
 def experts_of(directory: ModelDirectory, exclude: list[str]) -> list[str]:
@@ -193,9 +205,9 @@ def tensor_source(name: str, parameter: Tensor, dtype: torch.dtype) -> TensorSou
 
 @torch.no_grad()
 def save_model(
-    model: Transformer, directory: Path, tokenizer: Tokenizer, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+    model: Transformer, directory: Path, tokenizer: Tokenizer, dtype: torch.dtype, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Write a model as a Hugging Face directory, shard by shard; `directory` must exist.
+    """Write a model as a Hugging Face directory, file by file; `directory` must exist.
 
     A mixture must hold its experts in one group. `flexpert assemble` writes mixtures from files alone, with one file
     per expert; this is for models that only memory holds.
@@ -206,22 +218,14 @@ def save_model(
     for slot in tensor_map(config):
         values[slot.source] = parameters[slot.parameter][slot.place] if slot.place else parameters[slot.parameter]
     assert sum(value.numel() for value in values.values()) == sum(p.numel() for p in parameters.values())
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, value in values.items():
-        nbytes = value.numel() * dtype.itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += nbytes
+    sources = [tensor_source(name, value, dtype) for name, value in values.items()]
+    parts = split(sources, max_file_bytes)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, (tensor_source(name, value, dtype) for name, value in shard.items()))
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(value.numel() for value in values.values()) * dtype.itemsize
+    for file, part in zip(part_names("model", len(parts)), parts, strict=True):
+        write_tensors(directory / file, part)
+        weight_map |= dict.fromkeys((source.name for source in part), file)
+    if len(parts) > 1:
+        total = sum(source.num_bytes for source in sources)
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     content = olmo2_config(config, tokenizer, dtype)
     if config.num_experts:

@@ -33,6 +33,9 @@ from flexpert.config.groups import (
     require,
 )
 
+#: Weights in one file of a model, bytes, as in the models on the Hugging Face Hub.
+MAX_FILE_BYTES = 5 << 30
+
 
 @dataclass
 class TrainingStage(Lockable):
@@ -196,7 +199,9 @@ class AssembleConfig(Lockable):
     active_experts: int | None = opt(
         None, "experts that run for each token; null: all, or as many as model's where it does not use all"
     )
-    max_file_bytes: int = opt(5 << 30, "weights in one file; the trunk and each expert are split where they are larger")
+    max_file_bytes: int = opt(
+        MAX_FILE_BYTES, "weights in one file; the trunk and each expert are split where they are larger"
+    )
     output_dir: str = opt(MISSING, "where the assembled model goes", path="output")
 
     def check(self) -> None:
@@ -220,6 +225,24 @@ class RemoveConfig(Lockable):
 
     def check(self) -> None:
         require(len(self.experts) > 0, "experts=[ID,…] names no expert")
+
+
+@dataclass
+class VerifyConfig(Lockable):
+    """`flexpert verify`: whether a contribution or an assembled model is, to the last byte, what its record says."""
+
+    contribution: str | None = opt(
+        None, "contribution directory; give exactly one of this and model", path="contribution"
+    )
+    base: str | None = opt(None, "with contribution: it must have been trained on this public model", path="model")
+    model: str | None = opt(None, "assembled model directory", path="model")
+
+    def check(self) -> None:
+        require(
+            (self.contribution is None) != (self.model is None),
+            "verify needs contribution=DIR or model=DIR, one of them",
+        )
+        require(self.base is None or self.model is None, "base=DIR goes with contribution=DIR: leave it out with model")
 
 
 @dataclass
@@ -321,6 +344,7 @@ STAGE_CONFIGS: dict[str, type[Lockable]] = {
     "expert": ExpertConfig,
     "assemble": AssembleConfig,
     "remove": RemoveConfig,
+    "verify": VerifyConfig,
     "tune_router": TuneRouterConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

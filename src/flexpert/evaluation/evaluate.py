@@ -14,6 +14,7 @@ from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import experts_of, load_model
 from flexpert.config.stages import EvaluateConfig
 from flexpert.data.hashes import overlap_notes
+from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
@@ -47,7 +48,7 @@ class Evaluation:
 
     def add_flex(self, method: str, exclude: list[str], active: int | None) -> list[Scores]:
         model, directory = load_model(
-            Path(self.config.model), exclude=exclude, active_experts=active, device=self.device
+            Path(self.config.model), exclude=exclude, active_experts=active, device=self.device, dtype=None
         )
         return self.add(method, model, experts_of(directory, exclude))
 
@@ -89,9 +90,9 @@ def run(config: EvaluateConfig, resolved: str) -> None:
 
 def check_data(model: ModelDirectory, sets: list[EvaluationSet]) -> None:
     """Raises `UserError` where a data set holds tokens of another tokenizer than the model's."""
-    digest = tokenizer_digest(model.path)
+    identity = tokenizer_digest(model.path), load_tokenizer(model.path).eos_id
     for data in sets:
-        if data.manifest.tokenizer_digest != digest:
+        if (data.manifest.tokenizer_digest, data.manifest.eos_id) != identity:
             raise UserError(
                 f"data.dirs.{data.name}={data.manifest.directory} was tokenised with another tokenizer than "
                 f"{model.path} has: prepare it again with tokenizer={model.path}"
@@ -159,7 +160,9 @@ def add_baselines(evaluation: Evaluation) -> None:
     config, device = evaluation.config.baselines, evaluation.device
     members = {"public": config.public, **{f"dense {name}": path for name, path in config.dense.items()}}
     paths = {name: Path(path) for name, path in members.items() if path is not None}
-    scores = {name: evaluation.add(name, load_model(path, device=device)[0], []) for name, path in paths.items()}
+    scores = {
+        name: evaluation.add(name, load_model(path, device=device, dtype=None)[0], []) for name, path in paths.items()
+    }
     if config.dense and config.soup:
         evaluation.add("soup", soup(list(paths.values()), device), [])
     if config.dense and config.btm:

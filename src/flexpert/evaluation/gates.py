@@ -1,5 +1,6 @@
 """Claims that an evaluation must bear out, each with its threshold: what a pipeline's `gates` are checked by."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,8 @@ GATES: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, float]], bool]]
 def check_gates(content: dict[str, Any], thresholds: dict[str, float]) -> list[Gate]:
     """Check the gates named in `thresholds` on the content of evaluation.json.
 
+    A value that is not finite bears out no claim, and is worse than any other.
+
     Raises:
         UserError: an unknown gate, or one whose methods were not evaluated.
     """
@@ -86,7 +89,9 @@ def check_gates(content: dict[str, Any], thresholds: dict[str, float]) -> list[G
             raise UserError(f"gate {name} needs '{error.args[0]}', which was not evaluated") from None
         if not values:
             raise UserError(f"gate {name} has nothing to check: no expert has a data set of its name")
-        where, value = (min if above else max)(values.items(), key=lambda item: item[1])
-        holds = value > threshold if above else value < threshold
+        # NaN compares false with everything, so `min` would find it or not, as it happens to stand.
+        failures = [item for item in values.items() if not math.isfinite(item[1])]
+        where, value = failures[0] if failures else (min if above else max)(values.items(), key=lambda item: item[1])
+        holds = not failures and (value > threshold if above else value < threshold)
         gates.append(Gate(name, claim, value, where, threshold, holds))
     return gates

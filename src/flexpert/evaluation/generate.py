@@ -27,7 +27,7 @@ def run(config: GenerateConfig, resolved: str) -> None:
     prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file is not None else [read_prompt(config)]
     encoded = tokenizer.encode_batch(prompts)
     model, _ = load_model(
-        Path(config.model), exclude=config.exclude, active_experts=config.active_experts, device=device
+        Path(config.model), exclude=config.exclude, active_experts=config.active_experts, device=device, dtype=None
     )
     for number, ids in enumerate(encoded, start=1):
         name = f"prompt {number} of {config.prompts_file}" if many else "the prompt"

@@ -1,14 +1,16 @@
 """The graph of a pipeline: which stages, with which overrides, after which others. `walk` brings it to completion.
 
 A node's record (`RUN/stages/NODE.json`) says with which overrides and from which inputs its output was made, and the
-SHA-256 of every file of it. A node is complete when its record agrees with all three. An output without a record is
-what an interrupted run left, and is made again.
+SHA-256 of every file of it (of large token files, the size). A node is complete when its record agrees with all three.
+An output without a record is what an interrupted run left, and is made again.
 
 In a stage's overrides the pipeline's defaults (seed, monitor) come first, then the user's own, then what ties the
 stages together: the user's win over the former, and cannot undo the latter.
 """
 
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,11 @@ from flexpert.records import canonical_json, read_record, sha256_file, sha256_he
 
 #: Outputs that a stage writes below its `output_dir`, beside what it resumes from.
 STAGE_OUTPUTS = ("model", "contribution", "evaluation.json")
+
+#: Files of a data set that are larger are known by their size.
+LARGE_BYTES = 64 << 20
+#: Hashing lets other threads run, so this many files are read at a time.
+HASHED_AT_A_TIME = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ class Records:
         record = read_record(self.path(node), "flexpert.stage")
         if record["inputs"] != self.inputs(node, graph):
             raise self.conflict(node, "was made from other inputs")
-        if record["files"] != output_files(node.output):
+        if record["files"] != output_files(node):
             raise self.conflict(node, "was altered after it was made")
         return True
 
@@ -220,12 +227,25 @@ class Records:
 
     def write(self, node: Node, graph: dict[str, Node]) -> None:
         recipe = {"stage": node.stage, "overrides": list(node.overrides), "inputs": self.inputs(node, graph)}
-        write_record(self.path(node), "flexpert.stage", {**recipe, "files": output_files(node.output)})
+        write_record(self.path(node), "flexpert.stage", {**recipe, "files": output_files(node)})
 
 
-def output_files(output: Path) -> dict[str, str]:
-    """SHA-256 of every file of an output, by its path below it."""
-    if output.is_file():
-        return {output.name: sha256_file(output)}
-    paths = sorted(path for path in output.rglob("*") if path.is_file())
-    return {str(path.relative_to(output)): sha256_file(path) for path in paths}
+def output_files(node: Node) -> dict[str, str]:
+    """What identifies every file of a node's output, by its path below it: the SHA-256, several at a time.
+
+    Of a data set's large files it is the size. The manifest, which is hashed, holds their hashes, and to read trillions
+    of tokens would take hours, whenever the pipeline is started.
+    """
+
+    def identity(path: Path) -> str:
+        size = path.stat().st_size
+        is_large = node.stage == "prepare" and size > LARGE_BYTES and path.name != "manifest.json"
+        return f"{size} bytes" if is_large else sha256_file(path)
+
+    if node.output.is_file():
+        return {node.output.name: identity(node.output)}
+    paths = sorted(path for path in node.output.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
+        return {
+            str(p.relative_to(node.output)): found for p, found in zip(paths, pool.map(identity, paths), strict=True)
+        }

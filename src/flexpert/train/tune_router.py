@@ -38,13 +38,13 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
     source, output = Path(config.model), Path(config.output_dir)
     read_assembly(source)
     manifest = read_manifest(Path(config.data.dir))
-    check_tokenizer(source, manifest)
     check_directory(output, resolved, config.resume)
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
         return
-    device = set_up_process(config.train.device, config.parallel.threads)
     verify_model(source)  # an altered model is refused before it is trained on, and not only when it is copied
+    check_tokenizer(source, manifest)
+    device = set_up_process(config.train.device, config.parallel.threads)
     model, directory = load_model(source, active_experts=config.active_experts, device=device)
     check_lengths(config.train.sequence_length, model.config.max_sequence_length)
     dtype = directory.require_one_dtype()

@@ -1,0 +1,191 @@
+"""`flexpert verify`: what is as it was written is described, anything else is one line and status 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexpert.assembly.assemble import assemble
+from flexpert.assembly.record import read_assembly
+from flexpert.assembly.remove import remove
+from flexpert.checkpoint.digest import base_digest
+from flexpert.cli import main
+
+Maker = Callable[..., Path]
+Refused = Callable[..., AbstractContextManager[None]]
+Fails = Callable[..., None]
+IDS = ("news", "math")
+
+
+@pytest.fixture
+def model(shared_base: Path, contributions: dict[str, Path], tmp_path: Path) -> Path:
+    assemble(shared_base, list(contributions.values()), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """`fails(overrides, part, …)`: verify must end with status 2 and one line that holds every part."""
+
+    def check(overrides: list[str], *parts: object) -> None:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", *overrides])
+        out, error = capsys.readouterr()
+        assert (ended.value.code, out, error.count("\n")) == (2, "", 1)
+        assert all(str(part) in error for part in parts), error
+
+    return check
+
+
+def flip(path: Path, place: int = -4) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_contribution_is_described(contribution: Path, shared_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((contribution / "contribution.json").read_text())
+    before = {path: path.read_bytes() for path in contribution.iterdir()}
+    main(["verify", f"contribution={contribution}"])
+    out = capsys.readouterr().out
+    size = f"{(contribution / 'expert.safetensors').stat().st_size:,} bytes"
+    for part in ("math", "Owner of MATH", "LicenseRef-math", record["digest"], base_digest(shared_base), size,
+                 "1 file and 12 tensors", "every number is finite", "not checked: its base"):  # fmt: skip
+        assert part in out
+    main(["verify", f"contribution={contribution}", f"base={shared_base}"])
+    out = capsys.readouterr().out
+    assert f"checked: {shared_base} is that base" in out and "not checked" not in out
+    assert {path: path.read_bytes() for path in contribution.iterdir()} == before
+
+
+def test_a_model_is_described(
+    model: Path, contributions: dict[str, Path], shared_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["verify", f"model={model}"])
+    out = capsys.readouterr().out
+    for name, path in contributions.items():
+        assert f"{name}: {json.loads((path / 'contribution.json').read_text())['digest']}" in out
+    listed = read_assembly(model).files
+    assert {path.name for path in model.iterdir()} - {file.name for file in listed} == {
+        "config.json",
+        "model.safetensors.index.json",
+        "assembly.json",
+    }
+    for part in ("3 experts (public, news, math)", base_digest(shared_base), f"SHA-256 of {len(listed)} files",
+                 "without a hash: assembly.json, config.json, model.safetensors.index.json\n"):  # fmt: skip
+        assert part in out
+
+
+def test_it_needs_no_torch(model: Path, contribution: Path, shared_base: Path) -> None:
+    program = (
+        "import sys; from flexpert.cli import main\n"
+        f"main(['verify', 'model={model}'])\n"
+        f"main(['verify', 'contribution={contribution}', 'base={shared_base}'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_what_is_neither_is_refused(
+    shared_base: Path, contribution: Path, model: Path, tmp_path: Path, fails: Fails
+) -> None:
+    fails([f"model={shared_base}"], shared_base, "assembly.json")
+    fails([f"model={contribution}"], "is a contribution, not a model")
+    fails([f"contribution={model}"], "is a model, not a contribution")
+    fails([f"contribution={contribution}", f"base={model}"], f"base={model} is a mixture")
+    fails([f"contribution={tmp_path}/absent"], "does not exist")
+
+
+def test_another_base_is_named(contribution: Path, base: Path, make_base: Maker, tmp_path: Path, fails: Fails) -> None:
+    flip(base / "model.safetensors")
+    fails([f"contribution={contribution}", f"base={base}"], contribution, base, "another base")
+    wide = make_base(tmp_path / "wide", intermediate_size=48)
+    fails([f"contribution={contribution}", f"base={wide}"], contribution, wide, "intermediate_size")
+
+
+def test_a_contribution_that_is_not_as_it_was_written_is_refused(
+    contribution: Path, tmp_path: Path, fails: Fails
+) -> None:
+    path, record = contribution / "expert.safetensors", contribution / "contribution.json"
+    for name, place in (("tensor", -4), ("file", 20)):
+        shutil.copytree(contribution, tmp_path / name / "math")
+        flip(tmp_path / name / "math" / path.name, place)
+        fails([f"contribution={tmp_path}/{name}/math"], tmp_path / name / "math")
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"title": "Mine"}))
+    fails([f"contribution={contribution}"], record, "altered")
+    record.write_text(json.dumps(content))
+    path.write_bytes(path.read_bytes()[:-4])
+    fails([f"contribution={contribution}"], path, "bytes")
+    path.unlink()
+    fails([f"contribution={contribution}"], path, "missing")
+
+
+def test_a_hash_that_the_tensors_do_not_cover_is_compared_too(contribution: Path, fails: Fails) -> None:
+    record = contribution / "contribution.json"
+    content = json.loads(record.read_text())  # the digest of a contribution does not depend on its files
+    content["files"][0]["sha256"] = "0" * 64
+    record.write_text(json.dumps(content))
+    fails([f"contribution={contribution}"], contribution / "expert.safetensors", "altered")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_contribution_with_a_number_that_is_not_finite_is_refused(
+    bad: float, shared_base: Path, forge_contribution: Maker, expert_tensors: dict[str, torch.Tensor], tmp_path: Path,
+    fails: Fails,
+) -> None:  # fmt: skip
+    expert_tensors["layers.1.up_proj.weight"][3, 5] = bad
+    forged = forge_contribution(tmp_path / "forged", shared_base, expert_tensors)
+    fails([f"contribution={forged}"], forged, "'layers.1.up_proj.weight' holds NaN or infinity")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trunk.safetensors", "router.safetensors", "expert-math.safetensors", "tokenizer.json", "generation_config.json"],
+)
+def test_an_altered_or_missing_file_of_a_model_is_named(name: str, model: Path, fails: Fails) -> None:
+    flip(model / name)
+    fails([f"model={model}"], model / name, "altered")
+    (model / name).unlink()
+    fails([f"model={model}"], model / name if name.endswith("json") else model)
+
+
+def test_a_config_or_index_that_does_not_fit_is_refused(model: Path, fails: Fails) -> None:
+    path = model / "config.json"
+    config = path.read_text()
+    path.write_text(json.dumps(json.loads(config) | {"rms_norm_eps": 1e-6}))
+    fails([f"model={model}"], path, "rms_norm_eps")
+    path.write_text(config)
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files, name = index["weight_map"], "model.layers.1.mlp.experts.1.up_proj.weight"
+    for changed in (files | {name: "expert-math.safetensors"}, {key: files[key] for key in files.keys() - {name}}):
+        path.write_text(json.dumps(index | {"weight_map": changed}))
+        fails([f"model={model}"], model, name)
+
+
+def test_a_record_from_before_the_generation_config_was_listed_is_read_and_removal_lists_it(
+    model: Path, shared_base: Path, contributions: dict[str, Path], tmp_path: Path
+) -> None:
+    record = json.loads((model / "assembly.json").read_text())
+    del record["generation"]
+    (model / "assembly.json").write_text(json.dumps(record))
+    main(["verify", f"model={model}"])
+    remove(model, ["news"], tmp_path / "removed")
+    never = assemble(shared_base, [contributions["math"]], tmp_path / "never")
+    assert never.generation is not None and read_assembly(tmp_path / "removed") == never
+
+
+def test_an_altered_generation_config_is_not_copied(model: Path, tmp_path: Path, refused: Refused) -> None:
+    path = model / "generation_config.json"
+    flip(path)
+    with refused(path, "altered"):
+        remove(model, ["news"], tmp_path / "removed")
+    assert not (tmp_path / "removed").exists()
