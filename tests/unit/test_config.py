@@ -13,7 +13,7 @@ import yaml
 
 from flexpert.cli import STAGES, main
 from flexpert.config.compose import all_keys, compose, conf_directory, group_options, groups_of
-from flexpert.config.groups import Lockable, check_license
+from flexpert.config.options import Lockable, check_license
 from flexpert.config.paths import KINDS, check_paths
 from flexpert.config.stages import STAGE_CONFIGS
 from flexpert.errors import UserError

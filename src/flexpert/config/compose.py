@@ -26,7 +26,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
-from flexpert.config.groups import Lockable
+from flexpert.config.options import Lockable
 from flexpert.config.stages import STAGE_CONFIGS
 from flexpert.errors import UserError
 

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from flexpert.config.groups import (
-    EXPERT_ID,
     WANDB_MODES,
     BaselinesConfig,
     CheckpointConfig,
     EvaluateDataConfig,
     LauncherConfig,
-    Lockable,
     ModelConfig,
     MonitorConfig,
     OptimConfig,
@@ -24,6 +22,10 @@ from flexpert.config.groups import (
     TrainConfig,
     TrainDataConfig,
     TrainTokenizerConfig,
+)
+from flexpert.config.options import (
+    EXPERT_ID,
+    Lockable,
     check_choice,
     check_license,
     check_not_negative,

@@ -12,7 +12,7 @@ from typing import Any
 
 from flexpert.assembly.tensors import TensorDigest
 from flexpert.checkpoint.layout import Architecture
-from flexpert.config.groups import EXPERT_ID
+from flexpert.config.options import EXPERT_ID
 from flexpert.errors import UserError
 from flexpert.fields import FileEntry
 from flexpert.records import canonical_json, sha256_hex

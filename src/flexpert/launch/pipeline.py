@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flexpert.config.compose import compose
-from flexpert.config.groups import EXPERT_ID
+from flexpert.config.options import EXPERT_ID
 from flexpert.config.stages import EvaluateConfig, PipelineConfig
 from flexpert.errors import UserError
 from flexpert.evaluation.gates import GATES, check_gates

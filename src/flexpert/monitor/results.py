@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flexpert.config.groups import EXPERT_ID, MonitorConfig
+from flexpert.config.groups import MonitorConfig
+from flexpert.config.options import EXPERT_ID
 from flexpert.monitor.findings import PUBLIC, method_rows, removal_deltas, values
 from flexpert.monitor.plots import Matrix, matrix_png
 from flexpert.monitor.run_directory import RunDirectory
