@@ -22,7 +22,11 @@ STAGES = {
     "generate": ("flexpert.evaluation.generate:run", "continue a prompt"),
     "report": ("flexpert.monitor.report:run", "a run → one self-contained page"),
     "pipeline": ("flexpert.launch.pipeline:run", "the whole graph, from text to report"),
+    "plan": ("flexpert.planning.plan:run", "model + cluster → memory, time and node-hours, and the layouts that fit"),
 }
+
+
+GOES_ON = "; started again, a pipeline goes on, and a training stage from its last checkpoint; other stages begin anew"
 
 
 def usage() -> str:
@@ -57,13 +61,13 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        print("flexpert: interrupted; a training stage or pipeline goes on when it is started again", file=sys.stderr)
+        print(f"flexpert: interrupted{GOES_ON}", file=sys.stderr)
         sys.exit(130)
 
 
 def terminate(signal_number: int, frame: FrameType | None) -> None:
     """End by way of the blocks that clean up: no half-written directory, no child, no open W&B run stays."""
-    print("flexpert: terminated; a training stage or pipeline goes on when it is started again", file=sys.stderr)
+    print(f"flexpert: terminated{GOES_ON}", file=sys.stderr)
     raise SystemExit(128 + signal_number)
 
 

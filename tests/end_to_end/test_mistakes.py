@@ -127,7 +127,7 @@ def test_a_directory_that_holds_another_configuration(fails, road: Path, assembl
 def test_prompts_without_text_or_room(fails, road: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     model = f"model={road}/public/model"
     fails("generate", [model, "prompt="], "prompt is empty")
-    fails("generate", [model, f"prompt_file={tmp_path}/nothing"], "cannot be read")
+    fails("generate", [model, f"prompt_file={tmp_path}/nothing"], "is not a file")
     fails("generate", [model, f"prompt={'cat ' * 600}"], "context is 512")
 
 

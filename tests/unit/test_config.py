@@ -31,6 +31,7 @@ NEEDED: dict[str, list[str]] = {
     "generate": ["model=/none"],
     "report": ["run=/none"],
     "pipeline": [],
+    "plan": [],
 }
 
 #: Stage, overrides (after what the stage needs, or "only" these), and what the one line must hold.
@@ -143,6 +144,11 @@ BAD: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("pipeline", ["pipeline.experts={}"], ("pipeline.experts names no expert",)),
     ("pipeline", ["pipeline.experts.Bad=[data=demo_math]"], ("pipeline.experts.Bad", "a-z")),
     ("pipeline", ["seed=-1"], ("seed=-1",)),
+    ("plan", ["cluster=b17"], ("there is no cluster=b17", "a100, h100, h200")),
+    ("plan", ["mfu=1.2"], ("mfu=1.2 must be in (0, 1]",)),
+    ("plan", ["cluster.memory_gib=0"], ("cluster.memory_gib=0.0 must be positive",)),
+    ("plan", ["stage=report"], ("stage=report is not one of all, pretrain, expert, tune_router",)),
+    ("plan", ["batch_tokens=10000"], ("batch_tokens=10000 does not divide by the 4096 tokens of a microbatch",)),
     # inputs that are not there
     ("prepare", [], ("tokenizer=/none does not exist", "tokenizer.json")),
     ("pretrain", [], ("data.dir=/none does not exist", "flexpert prepare")),

@@ -202,7 +202,7 @@ def test_files_of_prompts_that_cannot_be_used(
         file.write_text(content)
         with refused(*parts):  # type: ignore[attr-defined]
             run_stage("generate", [model, f"prompts_file={file}"])
-    with refused("cannot be read"):  # type: ignore[attr-defined]
+    with refused("is not a file"):  # type: ignore[attr-defined]
         run_stage("generate", [model, f"prompts_file={tmp_path}/nothing"])
     with pytest.raises(UserError, match="give one of prompt, prompt_file and prompts_file"):
         run_stage("generate", [model, f"prompts_file={file}", "prompt=the"])

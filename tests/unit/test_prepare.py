@@ -336,6 +336,32 @@ def test_a_pattern_without_a_match_is_refused(
         assert f"data.documents={pattern} matches no file" in line
 
 
+@pytest.mark.parametrize("name", ["table.csv", "Report.PDF"])
+def test_a_file_that_is_no_plain_text_is_not_read_as_one_document(
+    name: str, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("id,text\n1,hello\n", encoding="utf-8")
+    line = refused(tmp_path / "out", capsys, f"data.documents={tmp_path}/{name}", f"tokenizer={tokenizer.directory}")
+    assert f"{tmp_path}/{name} is no plain text" in line
+
+
+def test_a_complete_data_set_is_not_taken_for_one_of_other_files(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
+    overrides = [f"data.documents={tmp_path}/*.txt", f"tokenizer={tokenizer.directory}", "valid_fraction=0"]
+    command = ["prepare", f"output_dir={tmp_path}/out", *overrides]
+    main(command)
+    main(command)
+    (tmp_path / "b.txt").write_text("more text", encoding="utf-8")
+    line = refused(tmp_path / "out", capsys, *overrides)
+    assert "was made of 1 files" in line and "matches 2 now" in line
+    for file in tmp_path.glob("*.txt"):
+        file.unlink()
+    main(command)  # what it was made from need not stay
+    assert capsys.readouterr().out.endswith("is complete\n")
+
+
 def test_an_unknown_demo_corpus_is_refused_with_the_known_ones(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

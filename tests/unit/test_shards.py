@@ -234,3 +234,15 @@ def test_a_shards_file_that_is_gone_is_named(merged: Path, tmp_path: Path) -> No
     (copy / "shards/1-of-3/train.bin").unlink()
     with pytest.raises(ValueError, match=r"shards/1-of-3/train\.bin does not exist"):
         IndexedTokens(copy / "train")
+
+
+def test_a_refused_shard_leaves_no_directory(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in ("shard=9/1000", "data.text_field=nothing"):
+        refused(capsys, tmp_path / "new/set", "shard=0/2", *settings, wrong)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_is_not_of_shards_is_not_merged(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "was not prepared in shards" in refused(capsys, whole, "merge=true")

@@ -1,7 +1,7 @@
 """The directories of a config, looked at before the stage's module, and PyTorch with it, is imported.
 
 An option names the kind of directory that it takes: `opt(…, path="model")`; or `output`, what a stage writes; or
-`file`, for what the stage itself looks at. A pipeline composes the configs of stages
+`input`, a file; or `file`, what the stage itself looks at. A pipeline composes the configs of stages
 whose inputs are still to be made, so composing does not look; the command that starts a stage does.
 """
 
@@ -47,6 +47,8 @@ def check_paths(stage: str, config: Any) -> None:
         for name, path in named_paths(key, functools.reduce(getattr, key.split("."), config)) if kind else []:
             if kind == "output":
                 check_output(name, Path(path))
+            elif kind == "input" and (not os.path.exists(path) or os.path.isdir(path)):
+                raise UserError(f"{name}={path} is not a file")
             elif kind in KINDS:
                 check_path(name, Path(path), kind)
 

@@ -104,6 +104,15 @@ class ExpertConfig(TrainingStage):
     )
     router: RouterConfig = opt(RouterConfig, "")
 
+    def notes(self) -> list[str]:
+        if self.public_share or self.router.calibration_steps:
+            return super().notes()
+        return [
+            *super().notes(),
+            "public_share=0 and router.calibration_steps=0, as in the paper: without public text an expert tends to "
+            "claim others' text, too; conf/pipeline/demo.yaml has settings that mend it",
+        ]
+
     def check(self) -> None:
         super().check()
         require(0 <= self.public_share < 1, f"public_share={self.public_share} must be in [0, 1)")
@@ -278,11 +287,11 @@ class GenerateConfig(Lockable):
 
     model: str = opt(MISSING, "model directory, dense or assembled", path="model")
     prompt: str = opt("-", "text to continue; -: read standard input", literal=True)
-    prompt_file: str | None = opt(None, "read the prompt from this file instead", path="file")
+    prompt_file: str | None = opt(None, "read the prompt from this file instead", path="input")
     prompts_file: str | None = opt(
         None,
         'many prompts instead: lines {"prompt": TEXT}; prints a line {"prompt": TEXT, "text": CONTINUATION} for each',
-        path="file",
+        path="input",
     )
     batch_size: int = opt(8, "prompts of prompts_file that run at a time")
     exclude: list[str] = opt([], "experts to leave out; as if removed")
@@ -339,6 +348,84 @@ class PipelineConfig(Lockable):
         check_seed(self.seed)
 
 
+@dataclass
+class ClusterConfig(Lockable):
+    """Group `cluster`: what a node is made of. Rates are those of data sheets, one way, in 10^9 bytes a second."""
+
+    name: str = opt(MISSING, "what the tables call it")
+    gpus_per_node: int = opt(8, "GPUs of a node, which the fast links join")
+    memory_gib: float = opt(MISSING, "memory of a GPU, GiB")
+    peak_flops: float = opt(MISSING, "peak of dense bf16 matrix products of a GPU, operations a second")
+    intra_node_gbs: float = opt(MISSING, "what a GPU can send to others of its node, GB/s")
+    inter_node_gbs: float = opt(MISSING, "what each GPU of a node can send to other nodes, all at once, GB/s")
+    write_gbs: float = opt(MISSING, "what the file system takes from all nodes together, GB/s")
+
+    def check(self) -> None:
+        check_positive("cluster", self, "gpus_per_node", "memory_gib", "peak_flops")
+        check_positive("cluster", self, "intra_node_gbs", "inter_node_gbs", "write_gbs")
+
+
+@dataclass
+class PlanParallelConfig(Lockable):
+    """Group `parallel` of `plan`: a layout, or a part of one, in the keys of training; null: whatever is best."""
+
+    tensor: int | None = opt(None, "only layouts with this parallel.tensor; null: any")
+    sequence: bool | None = opt(
+        None, "only layouts with, or without, parallel.sequence where parallel.tensor > 1; null: both"
+    )
+    expert: int | None = opt(None, "only layouts with this parallel.expert; null: any")
+    expert_tensor: int | None = opt(None, "only layouts with this parallel.expert_tensor; null: any")
+
+    def check(self) -> None:
+        check_positive("parallel", self, "tensor", "expert", "expert_tensor")
+
+
+@dataclass
+class PlanConfig(Lockable):
+    """`flexpert plan`: memory, time and node-hours of each stage up to a model, and the layouts that fit a cluster."""
+
+    model: ModelConfig = opt(ModelConfig, "")
+    cluster: ClusterConfig = opt(ClusterConfig, "")
+    nodes: int = opt(8, "nodes that each stage gets")
+    parallel: PlanParallelConfig = opt(PlanParallelConfig, "")
+    stage: str = opt("all", "all, or one of pretrain, expert, tune_router")
+    public_tokens: int = opt(1_050_000_000_000, "tokens of the public model, its anneal included")
+    expert_tokens: int = opt(50_000_000_000, "tokens of each expert")
+    router_tokens: int = opt(5_000_000_000, "tokens of the router's tuning")
+    batch_tokens: int = opt(4_194_304, "tokens in one optimiser step")
+    sequence_length: int = opt(4096, "tokens in one sequence")
+    microbatch_sequences: int = opt(1, "sequences in one forward pass of a data rank")
+    loss_chunk_tokens: int = opt(1024, "tokens whose logits are held at one time")
+    recompute: str = opt("none", "what the backward pass computes again: none, or full: all of a block but its input")
+    mfu: float = opt(
+        0.4,
+        "share of the peak that a GPU reaches where it waits for no other: an assumption, until a run on this kind of "
+        "GPU has measured it (metrics.jsonl has a run's)",
+    )
+    link_share: float = opt(0.7, "share of the links' rates that collectives reach: an assumption, likewise")
+    reserve_gib: float = opt(6.0, "memory of a GPU left to CUDA, NCCL and fragmentation, GiB")
+    layouts: int = opt(3, "layouts that are shown for each stage, best first")
+
+    def check(self) -> None:
+        check_choice("stage", self.stage, ("all", "pretrain", "expert", "tune_router"))
+        check_choice("recompute", self.recompute, ("none", "full"))
+        check_positive("", self, "nodes", "public_tokens", "expert_tokens", "router_tokens", "batch_tokens", "layouts")
+        check_positive("", self, "sequence_length", "microbatch_sequences", "loss_chunk_tokens")
+        check_not_negative("", self, "reserve_gib")
+        for key in ("mfu", "link_share"):
+            require(0 < getattr(self, key) <= 1, f"{key}={getattr(self, key)} must be in (0, 1]")
+        sequences = self.sequence_length * self.microbatch_sequences
+        require(
+            self.batch_tokens % sequences == 0,
+            f"batch_tokens={self.batch_tokens} does not divide by the {sequences} tokens of a microbatch "
+            "(sequence_length x microbatch_sequences)",
+        )
+        require(
+            self.stage in ("all", "pretrain") or self.model.num_experts > 1,
+            f"stage={self.stage} needs a mixture: model.num_experts={self.model.num_experts}",
+        )
+
+
 #: Stage name → schema of its config; `conf/STAGE.yaml` holds the defaults.
 STAGE_CONFIGS: dict[str, type[Lockable]] = {
     "prepare": PrepareConfig,
@@ -352,4 +439,5 @@ STAGE_CONFIGS: dict[str, type[Lockable]] = {
     "generate": GenerateConfig,
     "report": ReportConfig,
     "pipeline": PipelineConfig,
+    "plan": PlanConfig,
 }

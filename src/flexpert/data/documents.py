@@ -135,6 +135,13 @@ class TextFiles:
                 yield BadDocument(str(path), f"is not UTF-8 text (byte {error.start})")
 
 
+#: Ends of names of files that hold tables or formatted text, and would be read as one document of plain text.
+NO_TEXT = (
+    ".csv", ".tsv", ".xls", ".xlsx", ".ods", ".doc", ".docx", ".odt", ".rtf", ".pdf", ".zip", ".tar", ".tgz", ".7z",
+    ".arrow", ".feather", ".orc", ".avro", ".npy", ".bin", ".idx",
+)  # fmt: skip
+
+
 @functools.cache
 def demo_documents(name: str, seed: int) -> tuple[str, ...]:
     """Kept: they take seconds to make, and `prepare` reads them twice where it trains a tokenizer."""
@@ -170,6 +177,11 @@ def input_files(source: str, shard: tuple[int, int] = (0, 1)) -> list[Path]:
             raise UserError(f"shard={part}/{num_parts} deals out files, and data.documents={source} has none")
         return []
     paths = matching_files(source)
+    for path in paths:
+        if path.name.lower().endswith(NO_TEXT):
+            raise UserError(
+                f"{path} is no plain text: make it JSON lines or parquet, with a line or row for each document"
+            )
     if not paths:
         if source and Path(source).is_dir():
             raise UserError(f"data.documents={source} is a directory: give the files in it, such as '{source}/*.jsonl'")

@@ -28,7 +28,7 @@ from flexpert.data.progress import PrepareProgress
 from flexpert.data.shards import merge_shards, shard_directory
 from flexpert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexpert.errors import UserError
-from flexpert.records import sha256_file, write_record
+from flexpert.records import read_record, sha256_file, write_record
 from flexpert.stage import check_directory
 
 #: Documents that a tokenizer must give back as they were.
@@ -54,8 +54,11 @@ def run(config: PrepareConfig, resolved: str) -> None:
         output = shard_directory(output, *config.part)
     if (output / "manifest.json").is_file():
         check_directory(output, resolved, "auto")
+        check_inputs(output, config.data.documents)
         print(f"{output} is complete")
         return
+    if config.data.documents is not None:
+        input_files(config.data.documents, config.part)  # what is wrong with them leaves no directory
     try:
         with atomic_directory(output) as directory:
             write_data_set(config, directory, output)
@@ -64,10 +67,22 @@ def run(config: PrepareConfig, resolved: str) -> None:
         raise UserError(f"{output} cannot be written: {error.strerror}; nothing is left of it") from None
 
 
+def check_inputs(output: Path, documents: str | None) -> None:
+    """Raises `UserError` where files match now that a complete data set was not made from; none may have stayed."""
+    made_from = read_record(output / "manifest.json", "flexpert.data").get("inputs")
+    if made_from is not None and documents is not None:
+        now = input_identity(documents)
+        if now["count"] and now != made_from:
+            raise UserError(
+                f"{output} was made of {made_from['count']} files, and data.documents={documents} matches "
+                f"{now['count']} now, or their sizes have changed; choose another output_dir"
+            )
+
+
 def write_data_set(config: PrepareConfig, directory: Path, output: Path) -> None:
     """Fill `directory`, which is to become `output`, and tell what is in it."""
     tokenizer = prepare_tokenizer(config, directory / "tokenizer")
-    inputs = None if config.shard is None else input_identity(config.data.documents or "")
+    inputs = input_identity(config.data.documents) if config.data.documents is not None else None
     dropped = dict.fromkeys(("bad", "empty", "duplicates", "excluded"), 0)
     if config.data.tokens is not None:
         splits = refer_to_files(config.data, tokenizer)

@@ -33,6 +33,8 @@ def merge_shards(output: Path) -> None:
         UserError: a shard is missing, or shards were prepared with other settings or another tokenizer than the rest.
     """
     if (output / "manifest.json").is_file():
+        if not (output / "shards").is_dir():
+            raise UserError(f"{output} was not prepared in shards: there is nothing to merge")
         print(f"{output} is complete")
         return
     shards = find_shards(output)

@@ -11,6 +11,7 @@ from flexpert.checkpoint.huggingface import load_model, save_model
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.config.stages import PretrainConfig
 from flexpert.data.dataset import DataManifest, read_manifest
+from flexpert.data.mixture import training_windows
 from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
@@ -29,8 +30,10 @@ def run(config: PretrainConfig, resolved: str) -> None:
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
         return
+    num_sequences = config.train.num_steps * config.train.batch_sequences
+    windows = training_windows(config.data, config.train.sequence_length, config.seed, num_sequences)
     build = build_model if config.base is None else load_base
-    trainer = Trainer(build(config, manifest).to(device), config, "pretrain", manifest, device, resolved)
+    trainer = Trainer(build(config, manifest).to(device), config, "pretrain", manifest, device, resolved, windows)
     claim_directory(output, resolved, config.resume)
     trainer.run()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

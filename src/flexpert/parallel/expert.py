@@ -1,0 +1,136 @@
+"""Expert parallelism: ranks share the experts (`ep`), and the FFN width of each (`etp`).
+
+Where all experts are active there is nothing to route. Tokens are gathered, each rank computes what its experts, or its
+part of their width, add to every one of them, and sums are scattered back. Where k < E, each token's rows go to the
+ranks that have its experts, by all-to-all, and come back; none is dropped.
+
+Shapes: T tokens, D residual width, E experts, K active experts, N = T·K pairs of a token and an expert of its.
+"""
+
+from typing import NamedTuple
+
+import torch
+from flexpert_kernels import dense_mixing, moe_ffn
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from flexpert.model.moe import ExpertGroup, MixtureOfExperts
+from flexpert.model.router import Routing
+from flexpert.model.transformer import Transformer
+from flexpert.parallel.collectives import copy_to, exchange_rows, gather_to, reduce_from, scatter_from
+from flexpert.parallel.tensor import distribute, local
+
+
+class ExpertAxes(NamedTuple):
+    """The ranks that share experts, and those that share an expert's width.
+
+    Attributes:
+        mesh: with the axes ep and etp.
+        same_tokens: ranks of etp have the same tokens: tensor parallelism without sequence parallelism.
+    """
+
+    mesh: DeviceMesh
+    same_tokens: bool
+
+    @property
+    def experts(self) -> ProcessGroup:
+        return self.mesh.get_group("ep")
+
+    @property
+    def width(self) -> ProcessGroup:
+        return self.mesh.get_group("etp")
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Rows of all ranks that share an expert's width."""
+        return copy_to(x, self.width) if self.same_tokens else gather_to(x, 0, self.width)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """This rank's rows, from what each rank's width has to add to all."""
+        return reduce_from(y, self.width) if self.same_tokens else scatter_from(y, 0, self.width)
+
+
+class ParallelExpertGroup(ExpertGroup):
+    """This rank's part: `num_experts` of the group's experts, from `first` on, or a part of the width of all."""
+
+    first: int
+    num_experts: int
+
+    def forward(self, x_TD: Tensor, weights: Tensor, indices_TK: Tensor | None = None) -> Tensor:
+        if indices_TK is None:
+            return dense_mixing(x_TD, weights, local(self.gate_up), local(self.down))
+        return moe_ffn(x_TD, weights, indices_TK, local(self.gate_up), local(self.down))
+
+
+class ParallelMixture(MixtureOfExperts):
+    """`MixtureOfExperts` over the ranks of `axes`."""
+
+    axes: ExpertAxes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.router(x_TD)
+        if self.all_active:
+            y_TD = self.mix(x_TD, routing.probs_TE.to(x.dtype))
+        else:
+            y_TD = self.route(x_TD, routing.weights_TK.to(x.dtype), routing.indices_TK)
+        return y_TD.view_as(x), routing
+
+    def mix(self, x_TD: Tensor, probs_TE: Tensor) -> Tensor:
+        """All experts on all tokens of the ranks that share them."""
+        axes = self.axes
+        x_TD = gather_to(axes.enter(x_TD), 0, axes.experts)
+        probs_TE = gather_to(axes.enter(probs_TE), 0, axes.experts)
+        y_TD, first = None, 0
+        for size, group in zip(self.group_sizes, self.groups, strict=True):
+            assert isinstance(group, ParallelExpertGroup)
+            begin = first + group.first
+            part = group(x_TD, probs_TE[:, begin : begin + group.num_experts])
+            y_TD = part if y_TD is None else y_TD + part
+            first += size
+        assert y_TD is not None
+        return axes.leave(scatter_from(y_TD, 0, axes.experts))
+
+    def route(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """Each token through its own experts, wherever they are."""
+        axes, (group,) = self.axes, self.groups
+        x_TD, weights_TK = axes.enter(x_TD), axes.enter(weights_TK)
+        if not axes.same_tokens:
+            indices_TK = gather_to(indices_TK, 0, axes.width)
+        assert isinstance(group, ParallelExpertGroup)
+        if axes.experts.size() == 1:
+            return axes.leave(group(x_TD, weights_TK, indices_TK))
+        experts_N, order_N = indices_TK.flatten().sort(stable=True)
+        sent_E = torch.bincount(experts_N, minlength=self.group_sizes[0])
+        received_E = torch.empty_like(sent_E)  # of each rank in turn, the rows for each expert here
+        torch.distributed.all_to_all_single(received_E, sent_E, group=axes.experts)
+        sent = sent_E.view(axes.experts.size(), -1).sum(1).tolist()
+        received = received_E.view(axes.experts.size(), -1).sum(1).tolist()
+        tokens_N = order_N // indices_TK.shape[1]
+        arrived = exchange_rows(x_TD[tokens_N], received, sent, axes.experts)
+        expert_of = torch.arange(group.num_experts, device=x_TD.device).repeat(axes.experts.size())
+        choice = torch.repeat_interleave(expert_of, received_E)[:, None]
+        done = group(arrived, torch.ones_like(choice, dtype=x_TD.dtype), choice)
+        y_ND = exchange_rows(done, sent, received, axes.experts) * weights_TK.flatten()[order_N][:, None]
+        return axes.leave(torch.zeros_like(x_TD).index_add(0, tokens_N, y_ND.to(x_TD.dtype)))
+
+
+def apply_expert_parallel(model: Transformer, axes: ExpertAxes) -> None:
+    """Share out the experts of a model on the meta device.
+
+    A group of whole experts is split by expert over `ep` and by width over `etp`. An expert job's groups of one are
+    split by width over both.
+    """
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            by_expert = len(module.group_sizes) == 1
+            for size, group in zip(module.group_sizes, module.groups, strict=True):
+                distribute(group, "gate_up", axes.mesh, [Shard(0) if by_expert else Shard(2), Shard(2)])
+                distribute(group, "down", axes.mesh, [Shard(0) if by_expert else Shard(2), Shard(2)])
+                group.__class__ = ParallelExpertGroup
+                assert isinstance(group, ParallelExpertGroup)
+                group.num_experts = size // axes.experts.size() if by_expert else size
+                group.first = axes.experts.rank() * group.num_experts if by_expert else 0
+            module.__class__ = ParallelMixture
+            module.axes = axes  # type: ignore[assignment]

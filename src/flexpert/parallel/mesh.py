@@ -1,0 +1,65 @@
+"""Which rank holds what: a mesh `dp × tp` for the dense part, `edp × ep × etp` for experts, over the same ranks.
+
+Process groups are megatron-core's (`parallel_state`): tensor fastest, then expert, data slowest. Both meshes are made
+of them, and that they agree is asserted once.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from flexpert.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The meshes of a layout; `dense` has the axes dp and tp, `experts` edp, ep and etp."""
+
+    layout: Layout
+    dense: DeviceMesh
+    experts: DeviceMesh
+
+
+def build_meshes(layout: Layout, device: torch.device) -> Meshes:
+    """Collective over all ranks of the default process group; of one layout per process, but for `sequence`."""
+    return Meshes(layout, *process_groups(replace(layout, sequence=False), device.type))
+
+
+@functools.cache
+def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, DeviceMesh]:
+    """The dense and the expert mesh, over megatron-core's groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    ranks = torch.arange(layout.num_ranks)
+    dense = DeviceMesh.from_group(
+        [parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()],
+        device_type,
+        ranks.view(layout.data, layout.tensor),
+        mesh_dim_names=("dp", "tp"),
+    )
+    experts = DeviceMesh.from_group(
+        [
+            parallel_state.get_expert_data_parallel_group(),
+            parallel_state.get_expert_model_parallel_group(),
+            parallel_state.get_expert_tensor_parallel_group(),
+        ],
+        device_type,
+        ranks.view(layout.expert_data, layout.expert, layout.expert_tensor),
+        mesh_dim_names=("edp", "ep", "etp"),
+    )
+    for mesh in (dense, experts):
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None
+        for dim in range(mesh.ndim):
+            index = tuple(slice(None) if other == dim else at for other, at in enumerate(coordinate))
+            assert dist.get_process_group_ranks(mesh.get_group(dim)) == mesh.mesh[index].tolist()
+    return dense, experts

@@ -1,0 +1,81 @@
+"""What a training step asks about the other processes; alone, every answer is the plain one."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flexpert.model.loss import Vocabulary
+from flexpert.parallel.collectives import all_reduce
+from flexpert.parallel.mesh import Meshes
+from flexpert.parallel.tensor import ShardedVocabulary
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Attributes: meshes: those that the model was put on; None: one process."""
+
+    meshes: Meshes | None = None
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """This rank's place among those with other sequences, and how many there are."""
+        return (0, 1) if self.meshes is None else (self.meshes.dense.get_local_rank("dp"), self.meshes.layout.data)
+
+    def vocabulary(self, num_rows: int) -> Vocabulary:
+        """Of a rank that holds `num_rows` rows of the head."""
+        if self.meshes is None or self.meshes.layout.tensor == 1:
+            return Vocabulary()
+        group = self.meshes.dense.get_group("tp")
+        return ShardedVocabulary(group.rank() * num_rows, group)
+
+    def own_positions(self, x_BS: Tensor) -> Tensor:
+        """The positions of the residual stream that this rank has."""
+        if self.meshes is None or not self.meshes.layout.sequence:
+            return x_BS
+        return x_BS.chunk(self.meshes.layout.tensor, dim=1)[self.meshes.dense.get_local_rank("tp")]
+
+    def sum(self, value: Tensor, of_positions: bool = False) -> Tensor:
+        """Over all sequences; `of_positions`: what each rank has counted of its own positions."""
+        if self.meshes is None:
+            return value
+        value = all_reduce(value, self.meshes.dense.get_group("dp"))
+        if of_positions and self.meshes.layout.sequence:
+            value = all_reduce(value, self.meshes.dense.get_group("tp"))
+        return value
+
+    def largest(self, value: int, device: torch.device) -> int:
+        if self.meshes is None:
+            return value
+        held = torch.tensor(value, device=device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients so that their norm over all parameters is at most `max_norm`; returns it as it was.
+
+    Parameters on different meshes count alike: a rank adds the squares of its parts, divided by the number of ranks
+    that hold the same one, and the sum is over all ranks.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    parts, squares = [], []
+    for gradient in gradients:
+        assert isinstance(gradient, DTensor)
+        copies = 1
+        for axis, placement in enumerate(gradient.placements):
+            copies *= gradient.device_mesh.size(axis) if placement.is_replicate() else 1
+        parts.append(gradient.to_local())
+        squares.append(parts[-1].float().square().sum() / copies)
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for part in parts:
+        part.mul_(scale)
+    return norm
