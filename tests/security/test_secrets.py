@@ -146,6 +146,7 @@ def test_the_resolved_config_of_a_stage_holds_nothing_of_the_environment(
         "assemble": ["base=/b", "contributions=/c"],
         "remove": ["model=/m", "experts=news"],
         "verify": ["contribution=/c"],
+        "plan": [],
         "tune_router": ["model=/m", "data.dir=/d", "train.steps=1"],
         "evaluate": ["model=/m", "data.dirs.a=/d", "output_dir=/o"],
         "generate": ["model=/m", "prompt=${oc.env:HF_TOKEN} A private prompt"],
