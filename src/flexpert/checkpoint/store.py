@@ -6,7 +6,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from flexpert.errors import UserError
@@ -36,7 +36,6 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     """
     if final.exists():
         raise UserError(f"{final} exists already; choose another output_dir")
-    missing = [folder for folder in final.parents if not folder.exists()]
     host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +53,6 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # one that another process writes into stays
-            for folder in missing:
-                folder.rmdir()
         raise
     descriptor = os.open(final.parent, os.O_RDONLY)
     try:
