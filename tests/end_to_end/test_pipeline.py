@@ -97,7 +97,15 @@ def test_started_again_it_writes_the_report_and_nothing_else(smoke: Path) -> Non
     assert "  all 10 stages are complete\n  report: written\n" in text and "held-out bits per byte" in text
     after = {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.is_file()}
     changed = {path.name for path in before if before[path] != after[path]}
-    assert changed <= {".lock", "pipeline.yaml", "report.html", "report.png", "report.log", "report.json"}
+    assert changed <= {
+        ".lock",
+        "pipeline.yaml",
+        "report.begun",
+        "report.html",
+        "report.png",
+        "report.log",
+        "report.json",
+    }
     assert before.keys() == after.keys() and (smoke / "report.html").read_bytes() == page
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from toy import write_data_sets
 
 from flexpert.config.groups import ModelConfig, RouterConfig
 from flexpert.data import embed
 from flexpert.data.embed import load_embedder, random_projection, router_start
-from flexpert.data.indexed import IndexedTokens, IndexedWriter
-from flexpert.data.tokenizer import load_tokenizer, train_tokenizer
+from flexpert.data.indexed import IndexedTokens
+from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer
 
@@ -31,18 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """own, public: 45 documents each."""
     root = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    texts = {
-        name: [" ".join(generator.choice(words, size=size)) for size in generator.integers(1, 20, size=45)]
-        for name, words in {"own": WORDS[:5], "public": WORDS[3:]}.items()
-    }
-    tokenizer = train_tokenizer(texts["own"] + texts["public"], 310, root / "tokenizer")
-    for name, documents in texts.items():
-        (root / name).mkdir()
-        tokenizer.copy_to(root / name / "tokenizer")
-        with IndexedWriter(root / name / "train", np.uint16) as writer:
-            for document in documents:
-                writer.add([*tokenizer.encode(document), tokenizer.eos_id])
+    write_data_sets(root, {"own": WORDS[:5], "public": WORDS[3:]})
     return root
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from toy import write_data_sets
 
 from flexpert.config.groups import ModelConfig, RouterConfig
 from flexpert.data import embed, indexed
 from flexpert.data.embed import RANDOM_STD, RIDGE, RouterStart, random_projection, router_start
-from flexpert.data.indexed import IndexedTokens, IndexedWriter
+from flexpert.data.indexed import IndexedTokens
 from flexpert.data.tokenizer import train_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.attention import rotary_tables
@@ -50,21 +51,8 @@ def model() -> Transformer:
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataSets:
     """Texts of many lengths, some longer than `MAX_TOKENS` tokens, more than one batch; own and public differ."""
     root = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    texts = {
-        name: [" ".join(generator.choice(words, size=size)) for size in generator.integers(1, 20, size=45)]
-        for name, words in {
-            "own": ["seven", "plus", "eleven", "is", "18"],
-            "public": ["rain", "in", "the", "is"],
-        }.items()
-    }
-    tokenizer = train_tokenizer(texts["own"] + texts["public"], 310, root / "tokenizer")
-    for name, documents in texts.items():
-        (root / name).mkdir()
-        tokenizer.copy_to(root / name / "tokenizer")
-        with IndexedWriter(root / name / "train", np.uint16) as writer:
-            for document in documents:
-                writer.add([*tokenizer.encode(document), tokenizer.eos_id])
+    words = {"own": ["seven", "plus", "eleven", "is", "18"], "public": ["rain", "in", "the", "is"]}
+    write_data_sets(root, words)
     return DataSets(root / "own", root / "public")
 
 

@@ -83,6 +83,16 @@ def test_a_model_is_described(
         assert part in out
 
 
+def test_another_k_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be changed by hand, and config.json has no hash."""
+    main(["verify", f"model={model}"])
+    assert "note" not in capsys.readouterr().out
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    main(["verify", f"model={model}"])
+    assert "note: config.json has 1 experts active for a token, assembly.json 3\n" in capsys.readouterr().out
+
+
 def test_it_needs_no_torch(model: Path, contribution: Path, shared_base: Path) -> None:
     program = (
         "import sys; from flexpert.cli import main\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flexpert.assembly.add import add
 from flexpert.assembly.assemble import assemble
+from flexpert.assembly.record import RECORD_NAME
 from flexpert.assembly.remove import remove
 from flexpert.assembly.verify import verify_model
 from flexpert.checkpoint.digest import base_digest
@@ -84,6 +85,10 @@ def verified_contribution(directory: Path, base: Path | None) -> list[str]:
 
 def verified_model(directory: Path) -> list[str]:
     record = verify_model(directory)
+    active = ModelDirectory.open(directory).config.active_experts
+    notes = []
+    if active != record.active_experts:
+        notes = [f"  note: config.json has {active} experts active for a token, {RECORD_NAME} {record.active_experts}"]
     listed = {file.name for file in record.files}
     others = sorted(path.name for path in directory.iterdir() if path.name not in listed)
     return [
@@ -91,7 +96,8 @@ def verified_model(directory: Path) -> list[str]:
         f"  of the base {record.base_digest}{'; its router rows were tuned' if record.tuned else ''}",
         *(f"  {expert.id}: {expert.contribution or 'the public expert'}" for expert in record.experts),
         f"  checked: SHA-256 of {len(listed)} files, {sum(file.bytes for file in record.files):,} bytes;"
-        " config.json and index agree with them",
+        " config.json calls for these tensors, experts and this architecture, and the index lists them",
+        *notes,
         f"  without a hash: {', '.join(others)}",
     ]
 

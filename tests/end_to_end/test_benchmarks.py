@@ -1,0 +1,26 @@
+"""Each benchmark runs, at a size that shows nothing: a figure in the README has a script that works."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SMALL = {
+    "train_step.py": ["--sizes", "check"],
+    "generate.py": ["--repeats", "1", "--prompt", "8", "--new", "8"],
+    "prepare.py": ["megabytes=1", "repeats=1"],
+    "assemble.py": ["--sizes", "0.02", "--repeats", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SMALL)
+def test_a_benchmark_compares_with_its_peer(script: str, tmp_path: Path) -> None:
+    copied = shutil.copy(BENCHMARKS / script, tmp_path)  # results are written beside it
+    command = [sys.executable, copied, *SMALL[script]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr  # `assemble.py` says by its status that this is too slow
+    assert "ratio" in done.stdout and done.stdout.count("\n|") >= 3, done.stdout
