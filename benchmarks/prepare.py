@@ -146,15 +146,18 @@ def table(times: dict[tuple[str, int], Any], num_tokens: int, num_bytes: int, re
         f"{num_bytes / 1e6:.1f} MB of text, {num_tokens:,} tokens, vocabulary {VOCAB_SIZE:,}; medians of {repeats} "
         "alternating runs (smallest to largest); equal token files.",
         "",
-        "| | workers | tokens/s | MB/s | CPU seconds |",
-        "|---|---|---|---|---|",
+        "| | workers | tokens/s | MB/s | CPU seconds | ratio to Megatron's |",
+        "|---|---|---|---|---|---|",
     ]
+    walls = {case: statistics.median(wall for wall, _ in runs) for case, runs in times.items()}
     for (system, num_workers), runs in times.items():
         rates = [num_tokens / wall for wall, _ in runs]
-        wall = statistics.median(wall for wall, _ in runs)
+        wall = walls[system, num_workers]
+        ratio = walls["megatron", num_workers] / wall
         cpu = statistics.median(cpu for _, cpu in runs)
         spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
-        lines.append(f"| {SYSTEMS[system]} | {num_workers} | {spread} | {num_bytes / 1e6 / wall:.2f} | {cpu:.1f} |")
+        speed = num_bytes / 1e6 / wall
+        lines.append(f"| {SYSTEMS[system]} | {num_workers} | {spread} | {speed:.2f} | {cpu:.1f} | {ratio:.2f} |")
     lines += ["", "With one worker Flexpert is one process; Megatron's is two, of which one parses and encodes."]
     return "\n".join(lines) + "\n"
 
