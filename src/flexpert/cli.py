@@ -28,6 +28,9 @@ STAGES = {
 
 GOES_ON = "; started again, a pipeline goes on, and a training stage from its last checkpoint; other stages begin anew"
 
+#: Stages that several processes run together; WORLD_SIZE and RANK are what torchrun sets.
+PARALLEL = ("pretrain", "expert", "tune_router")
+
 
 def usage() -> str:
     width = max(map(len, STAGES))
@@ -47,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run one stage. Exit status: 0 done, 1 a defect of ours (with traceback), 2 a mistake in the input (one line)."""
     arguments = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, terminate)
+    if int(os.environ.get("RANK", "0")) > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end; rank 0 says it all)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(usage(), flush=True)
@@ -55,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run_stage(arguments[0], arguments[1:])
     except UserError as error:
-        print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.told:
+            print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `flexpert … | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,6 +80,8 @@ def terminate(signal_number: int, frame: FrameType | None) -> None:
 def run_stage(stage: str, overrides: list[str]) -> None:
     if stage not in STAGES:
         raise UserError(f"there is no stage '{stage}': choose one of {', '.join(STAGES)}")
+    if stage not in PARALLEL and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{stage} runs in one process: start it without torchrun; {', '.join(PARALLEL)} run in several")
     from flexpert.config.compose import compose
     from flexpert.config.help import describe
     from flexpert.config.paths import check_paths

@@ -6,4 +6,12 @@ class UserError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with status 2. Anything else that is
     raised is a defect of Flexpert's own and keeps its traceback.
+
+    Args:
+        message: the line.
+        told: another process of the stage tells it.
     """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

@@ -82,12 +82,14 @@ def claim_directory(output: Path, resolved: str, resume: str) -> None:
 
 
 def set_up_process(device: str, threads: int | None) -> Any:
-    """Choose the device, set CPU threads; returns the `torch.device`.
+    """Choose the device, set CPU threads, join the other processes; returns the `torch.device`.
 
     Raises:
-        UserError: a device that is unknown or not there.
+        UserError: a device that is unknown or not there; processes that cannot be reached.
     """
     import torch
+
+    from flexpert.parallel.process import join_ranks
 
     if threads is not None:
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
@@ -96,4 +98,4 @@ def set_up_process(device: str, threads: int | None) -> Any:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but PyTorch finds no CUDA device here")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
+    return join_ranks(torch.device("cuda" if use_cuda else "cpu"))

@@ -16,21 +16,18 @@ from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
-from flexpert.checkpoint.store import atomic_directory
+from flexpert.checkpoint.sharding import local_part
 from flexpert.errors import UserError
 from flexpert.fields import require
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.process import directory_of_all, on_first
 from flexpert.records import read_record, sha256_file, write_record
 
 STEP_NAME = re.compile(r"step-(\d{9})")
@@ -48,31 +45,38 @@ METADATA_PARTS: dict[tuple[str, str], Any] = {
 
 
 def trained_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Trained parameters and their optimiser state; what is frozen is the base's, and is not saved again."""
-    is_untouched = not optimizer.state
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = StateDictOptions(ignore_frozen_params=True)
-        optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
-    if is_untouched:  # PyTorch has filled it, by a step that moves nothing and that AdamW counts all the same
-        for state in optimizer.state.values():
-            state["step"].zero_()
+    """Trained parameters and their optimiser state; what is frozen is the base's, and is not saved again.
+
+    Before the first update AdamW has no state: it is given the one that it begins with, to be saved or loaded into.
+    """
     parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {"model": parameters, "optimizer": optimizer_state}
+    for parameter in parameters.values():
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=local_part(parameter)[0].device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+    return {"model": parameters, "optimizer": {name: optimizer.state[p] for name, p in parameters.items()}}
 
 
 def save(
     directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, extra: dict[str, Any]
 ) -> None:
-    """Write `directory/step-N`. `extra` must be JSON: counters that the run needs to go on."""
+    """Write `directory/step-N`; of several processes each its part. `extra` must be JSON: what the run needs to go on."""
     final = directory / f"step-{step:09d}"
-    if final.exists():
+    if on_first(final.exists):
         return
-    with atomic_directory(final) as temporary, warnings.catch_warnings():
+    with directory_of_all(final) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "torch.distributed is unavailable": one process is meant
-        state_dict_saver.save(trained_state(model, optimizer), checkpoint_id=temporary, no_dist=True)
-        files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-        write_record(temporary / RECORD_NAME, "flexpert.checkpoint", {"step": step, "files": files, **extra})
+        alone = not dist.is_initialized()
+        state_dict_saver.save(trained_state(model, optimizer), checkpoint_id=temporary, no_dist=alone)
+
+        def record() -> None:
+            files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+            write_record(temporary / RECORD_NAME, "flexpert.checkpoint", {"step": step, "files": files, **extra})
+
+        on_first(record)
 
 
 def steps(directory: Path) -> list[int]:
@@ -89,12 +93,13 @@ def load(directory: Path, step: int, model: Transformer, optimizer: torch.optim.
         UserError: a file is missing, is not the one that was written or was put there, or asks for code to be run.
     """
     path = directory / f"step-{step:09d}"
-    record = check_files(path)
+    record = on_first(lambda: check_files(path))
     state = trained_state(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            state_dict_loader.load(state, storage_reader=Reader(path), planner=LoadPlanner(), no_dist=True)
+            alone = not dist.is_initialized()
+            state_dict_loader.load(state, storage_reader=Reader(path), planner=LoadPlanner(), no_dist=alone)
         except (pickle.UnpicklingError, CheckpointException) as error:
             causes = (
                 [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
@@ -102,8 +107,6 @@ def load(directory: Path, step: int, model: Transformer, optimizer: torch.optim.
             if not any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
                 raise
             raise UserError(f"{path} is no checkpoint of ours, and is not loaded: delete it") from error
-        options = StateDictOptions(ignore_frozen_params=True)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     return record
 
 

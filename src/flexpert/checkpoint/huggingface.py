@@ -5,7 +5,7 @@ tensor of a directory lives in our modules. Reading and writing both walk it, an
 used exactly once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,13 @@ from flexpert.assembly.tensors import INDEX_FILE, TensorSource, write_tensors
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.layout import DENSE, PROJECTIONS, assembled_config, expert_name, ffn_name, router_name
+from flexpert.checkpoint.sharding import local_part
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.data.tokenizer import Tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
+from flexpert.parallel.process import is_first
 from flexpert.records import write_json
 
 
@@ -88,8 +90,12 @@ def job_tensor_map(config: ModelConfig, expert: bool) -> list[Slot]:
     return slots
 
 
-def fill(model: Transformer, slots: list[Slot], files: Mapping[str, Path], device: torch.device) -> None:
-    """Copy every slot's tensor into the model; each file is opened once. `files` are a `ModelDirectory`'s."""
+@torch.no_grad()
+def fill(model: Transformer, slots: list[Slot], files: Mapping[str, Path]) -> None:
+    """Copy every slot's tensor into the model; each file is opened once. `files` are a `ModelDirectory`'s.
+
+    Of a parameter that several processes share, each reads its own part alone.
+    """
     parameters = dict(model.named_parameters())
     by_file: dict[Path, list[Slot]] = {}
     for slot in slots:
@@ -97,13 +103,18 @@ def fill(model: Transformer, slots: list[Slot], files: Mapping[str, Path], devic
     for path, members in by_file.items():
         with safe_open(path, framework="pt") as file:
             for slot in members:
-                value: Tensor = file.get_tensor(slot.source)
+                target, place = local_part(parameters[slot.parameter])
+                if not all(held.start <= at < held.stop for at, held in zip(slot.place, place, strict=False)):
+                    continue  # other processes have it
+                for at, held in zip(slot.place, place, strict=False):
+                    target = target[at - held.start]
+                place = place[len(slot.place) :]
                 if slot.rows is not None:
-                    value = value[list(slot.rows)]
-                target = parameters[slot.parameter].data
-                target = target[slot.place] if slot.place else target
+                    value: Tensor = file.get_tensor(slot.source)[list(slot.rows)][place]
+                else:
+                    value = file.get_slice(slot.source)[place]
                 assert value.shape == target.shape, slot.source
-                target.copy_(value.to(device))
+                target.copy_(value)
 
 
 def load_model(
@@ -113,6 +124,7 @@ def load_model(
     active_experts: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = torch.float32,
+    give_memory: Callable[[Transformer], None] | None = None,
 ) -> tuple[Transformer, ModelDirectory]:
     """Load a dense or assembled model, in evaluation mode and without gradients.
 
@@ -125,6 +137,7 @@ def load_model(
         active_experts: k; None: the directory's, or all experts left where fewer remain.
         device: None: the CPU.
         dtype: to hold the parameters in; None: `inference_dtype`.
+        give_memory: does so to the model on the meta device, for this process's part of it; None: for all, on `device`.
 
     Raises:
         UserError: as `ModelDirectory.open`; an excluded id is not there; nothing is left; k is too large.
@@ -145,9 +158,13 @@ def load_model(
     left_out = set(range(directory.config.num_experts)) - set(kept or range(config.num_experts))
     ignored = {name for name in directory.files for index in left_out if f".mlp.experts.{index}." in name}
     assert sorted(sources) == sorted(directory.files.keys() - ignored), "every tensor is used exactly once"
-    model = build_on_meta(config).to(dtype or inference_dtype(directory, device)).to_empty(device=device)
-    fill(model, slots, directory.files, device)
-    return model.requires_grad_(False).eval(), directory
+    model = build_on_meta(config).to(dtype or inference_dtype(directory, device)).requires_grad_(False)
+    if give_memory is None:
+        model.to_empty(device=device)
+    else:
+        give_memory(model)
+    fill(model, slots, directory.files)
+    return model.eval(), directory
 
 
 def inference_dtype(directory: ModelDirectory, device: torch.device) -> torch.dtype:
@@ -193,14 +210,14 @@ def olmo2_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) 
     }
 
 
-def tensor_source(name: str, parameter: Tensor, dtype: torch.dtype) -> TensorSource:
-    """A parameter as the streaming writer takes it: cast and moved to the host when its turn comes."""
+def tensor_source(slot: Slot, parameter: Tensor, dtype: torch.dtype) -> TensorSource:
+    """A parameter as the streaming writer takes it: gathered, cast and moved to the host when its turn comes."""
 
     def pieces() -> Iterator[memoryview]:
-        yield tensor_bytes(parameter.detach().to(dtype))
+        yield tensor_bytes(gather_to_first(parameter.detach(), slot.place).to(dtype))
 
     stored = dtype_name(torch.empty(0, dtype=dtype))
-    return TensorSource(name, stored, tuple(parameter.shape), pieces, name)
+    return TensorSource(slot.source, stored, tuple(parameter.shape[len(slot.place) :]), pieces, slot.source)
 
 
 @torch.no_grad()
@@ -209,17 +226,20 @@ def save_model(
 ) -> None:
     """Write a model as a Hugging Face directory, file by file; `directory` must exist.
 
+    Of several processes that share the model, all must call this; rank 0 writes, and holds one tensor whole at a time.
     A mixture must hold its experts in one group. `flexpert assemble` writes mixtures from files alone, with one file
     per expert; this is for models that only memory holds.
     """
     config = model.config
     parameters = dict(model.named_parameters())
-    values = {}
-    for slot in tensor_map(config):
-        values[slot.source] = parameters[slot.parameter][slot.place] if slot.place else parameters[slot.parameter]
-    assert sum(value.numel() for value in values.values()) == sum(p.numel() for p in parameters.values())
-    sources = [tensor_source(name, value, dtype) for name, value in values.items()]
+    sources = [tensor_source(slot, parameters[slot.parameter], dtype) for slot in tensor_map(config)]
+    assert sum(s.num_bytes for s in sources) == sum(p.numel() for p in parameters.values()) * dtype.itemsize
     parts = split(sources, max_file_bytes)
+    if not is_first():
+        for source in (source for part in parts for source in part):
+            for _ in source.pieces():  # this process's share of the gathering
+                pass
+        return
     weight_map: dict[str, str] = {}
     for file, part in zip(part_names("model", len(parts)), parts, strict=True):
         write_tensors(directory / file, part)

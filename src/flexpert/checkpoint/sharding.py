@@ -1,5 +1,7 @@
 """Which part of a parameter this rank holds, and how the whole is put together from all ranks' parts."""
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -37,3 +39,26 @@ def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     slices = tuple(slice(first, last) for first, last in bounds)
     assert tuple(local.shape) == tuple(s.stop - s.start for s in slices), (parameter.placements, local.shape, slices)
     return local, slices
+
+
+@torch.no_grad()
+def gather_to_first(parameter: Tensor, index: tuple[int, ...] = ()) -> Tensor:
+    """`parameter[index]`, whole and bit for bit, on rank 0; elsewhere what is returned means nothing.
+
+    Every rank must ask for the same parameters in the same order. One tensor is held whole at a time.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter[index]
+    part, place = local_part(parameter)
+    whole = torch.zeros(parameter.shape[len(index) :], dtype=parameter.dtype, device=part.device)
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
+    # Of the ranks that hold the same part, the first gives it.
+    copies = [at for at, placement in zip(coordinate, parameter.placements, strict=True) if placement.is_replicate()]
+    if not any(copies) and all(held.start <= at < held.stop for at, held in zip(index, place, strict=False)):
+        for at, held in zip(index, place, strict=False):
+            part = part[at - held.start]
+        whole[place[len(index) :]] = part
+    # The sum of the bits of one and of zeros elsewhere is exact; that of floats would lose the sign of a zero.
+    dist.reduce(whole.view(torch.int32 if whole.element_size() == 4 else torch.uint8), 0)
+    return whole

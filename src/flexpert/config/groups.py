@@ -131,12 +131,18 @@ class OptimConfig(Lockable):
 
 @dataclass
 class ParallelConfig(Lockable):
-    """Group `parallel`: how one stage uses the machine."""
+    """Group `parallel`: how one stage uses the machine, or many processes that torchrun or srun started."""
 
     threads: int | None = opt(None, "CPU threads of a process; null: PyTorch's choice")
+    tensor: int = opt(1, "processes that share attention heads, FFN width and vocabulary on the same sequences")
+    sequence: bool = opt(False, "with tensor > 1: these share the positions of the residual stream, too")
+    expert: int = opt(1, "processes that share the experts; an expert job's share both experts' FFN width")
+    expert_tensor: int | None = opt(None, "processes that share each expert's FFN width; null: as tensor")
+    data: int = opt(-1, "processes, or tensor groups, with other sequences, which share optimiser state; -1: the rest")
 
     def check(self) -> None:
-        check_positive("parallel", self, "threads")
+        check_positive("parallel", self, "threads", "tensor", "expert", "expert_tensor")
+        require(self.data == -1 or self.data > 0, f"parallel.data={self.data} must be positive, or -1 for the rest")
 
 
 @dataclass

@@ -20,17 +20,27 @@ class Prefetch:
         batch_sequences: how many a step takes.
         num_steps: of the run; nothing is read beyond.
         pin: whether to put them into pinned memory, from where they reach a GPU beside its work.
+        share: (i, n): only the i-th (from 0) of n equal parts of a step's sequences, for processes that share them.
     """
 
     def __init__(
-        self, windows: TokenWindows | MixedWindows, batch_sequences: int, num_steps: int, pin: bool = False
+        self,
+        windows: TokenWindows | MixedWindows,
+        batch_sequences: int,
+        num_steps: int,
+        pin: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        index, number = share
+        assert batch_sequences % number == 0
+        self.count = batch_sequences // number
+        self.offset = index * self.count
         self.windows, self.batch_sequences, self.num_steps, self.pin = windows, batch_sequences, num_steps, pin
         self.thread: ThreadPoolExecutor | None = None
         self.ahead: dict[int, Future[Tensor]] = {}  # of the next step, if it was begun
 
     def read(self, step: int) -> Tensor:
-        sequences = self.windows.sequences(step * self.batch_sequences, self.batch_sequences)
+        sequences = self.windows.sequences(step * self.batch_sequences + self.offset, self.count)
         return sequences.pin_memory() if self.pin else sequences
 
     def take(self, step: int) -> Tensor:

@@ -10,6 +10,7 @@
 Shapes: B sequences, S positions, D residual width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -116,11 +117,11 @@ def build_on_meta(config: ModelConfig, group_sizes: tuple[int, ...] | None = Non
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
+def initialise(model: Transformer, seed: int, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
     """Fill weights in place: norms 1, router biases 0, everything else N(0, initializer_range²).
 
     Each parameter draws from a generator of its own, seeded by (seed, position), so that its values do not depend on
-    the device or on which other parameters a process holds.
+    the device or on which other parameters a process holds. `assign` copies a whole one to what may be a part of it.
     """
     std = model.config.initializer_range
     for index, (name, parameter) in enumerate(model.named_parameters()):
@@ -130,4 +131,4 @@ def initialise(model: Transformer, seed: int) -> None:
             parameter.zero_()
         else:
             generator = torch.Generator().manual_seed((seed << 20) + index)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            assign(parameter, torch.randn(parameter.shape, generator=generator) * std)

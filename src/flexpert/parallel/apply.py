@@ -18,11 +18,54 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from flexpert.config.groups import ParallelConfig
+from flexpert.errors import UserError
 from flexpert.model.moe import MixtureOfExperts
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.expert import ExpertAxes, apply_expert_parallel
-from flexpert.parallel.mesh import Meshes
+from flexpert.parallel.layout import Layout, check_layout
+from flexpert.parallel.mesh import Meshes, build_meshes
+from flexpert.parallel.process import num_ranks
+from flexpert.parallel.ranks import Ranks
 from flexpert.parallel.tensor import TensorAxis, apply_tensor_parallel
+
+
+def put_on_ranks(
+    model: Transformer,
+    config: ParallelConfig,
+    sequence_length: int,
+    device: torch.device,
+    group_sizes: tuple[int, ...] | None = None,
+) -> Ranks:
+    """Give a model on the meta device memory: for all of it in one process, for this rank's part among several.
+
+    Args:
+        model: on the meta device, `requires_grad` set as it shall be trained.
+        sequence_length: S of training.
+        group_sizes: how its experts are held, as it was built.
+
+    Raises:
+        UserError: the layout does not fit the processes or the model.
+    """
+    experts = model.config.num_experts
+    width = config.expert_tensor or (config.tensor if experts else 1)
+    layout = Layout(num_ranks(), config.tensor, config.expert, width, config.sequence and config.tensor > 1)
+    check_layout(layout, model.config, group_sizes or (experts,), sequence_length)
+    if config.data not in (-1, layout.data):
+        raise UserError(
+            f"parallel.data={config.data} x parallel.tensor={config.tensor} are not the {layout.num_ranks} processes: "
+            f"leave parallel.data out, or set it to {layout.data}"
+        )
+    ranks = Ranks(build_meshes(layout, device)) if layout.num_ranks > 1 else Ranks()
+    put_beside(model, ranks, device)
+    return ranks
+
+
+def put_beside(model: Transformer, ranks: Ranks, device: torch.device) -> None:
+    """The same for another model of these processes."""
+    if ranks.meshes is not None:
+        apply_parallel(model, ranks.meshes, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.to_empty(device=device)
 
 
 def apply_parallel(model: Transformer, meshes: Meshes, compute: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """What a training step asks about the other processes; alone, every answer is the plain one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,12 @@ class Ranks:
     def share(self) -> tuple[int, int]:
         """This rank's place among those with other sequences, and how many there are."""
         return (0, 1) if self.meshes is None else (self.meshes.dense.get_local_rank("dp"), self.meshes.layout.data)
+
+    def without_sequence(self) -> "Ranks":
+        """The same, where every rank sees all positions."""
+        if self.meshes is None:
+            return self
+        return Ranks(replace(self.meshes, layout=replace(self.meshes.layout, sequence=False)))
 
     def vocabulary(self, num_rows: int) -> Vocabulary:
         """Of a rank that holds `num_rows` rows of the head."""

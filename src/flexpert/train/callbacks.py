@@ -18,6 +18,7 @@ from flexpert.monitor.devices import peak_flops
 from flexpert.monitor.jsonl import MetricsLog
 from flexpert.monitor.progress import TrainingProgress
 from flexpert.monitor.wandb import WandbRun, wandb_mode
+from flexpert.parallel.process import is_first, num_ranks
 from flexpert.stage import comparable
 from flexpert.train.compilation import eagerly
 
@@ -52,13 +53,20 @@ class ValidLoss(Callback):
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         if trainer.step % self.interval and trainer.step != trainer.num_steps:
             return
-        total, num_targets = 0.0, 0
+        index, number = trainer.ranks.share
         size = trainer.config.train.microbatch_sequences
+        sums = torch.zeros(2, dtype=torch.double, device=trainer.device)  # negative log-likelihood, targets
         with torch.no_grad(), eagerly(trainer.compiled):
-            for start in range(0, self.num_sequences, size):
-                sequences = self.windows.sequences(start, min(size, self.num_sequences - start))
-                total += trainer.losses(sequences).nll.item()
-                num_targets += int((sequences[:, 1:] >= 0).sum())  # a negative id marks one that is not predicted
+            # Every rank makes as many forward passes, with sequences that do not count where it has none left.
+            for start in range(0, self.num_sequences, size * number):
+                first = min(start + index * size, self.num_sequences - 1)
+                count = min(size, self.num_sequences - first)
+                sequences = self.windows.sequences(first, count)
+                if start + index * size >= self.num_sequences:
+                    sequences = torch.where(sequences < 0, sequences, ~sequences)
+                sums[0] += trainer.losses(sequences).nll
+                sums[1] += (sequences[:, 1:] >= 0).sum()  # a negative id marks one that is not predicted
+        total, num_targets = trainer.ranks.sum(sums).tolist()
         row["valid_loss"] = total / num_targets if num_targets else math.nan
 
 
@@ -70,7 +78,8 @@ class Utilisation(Callback):
 
     def before_run(self, trainer: "Trainer") -> None:
         self.flops_per_token = flops_per_token(trainer.model, trainer.config.train.sequence_length).total
-        self.peak = peak_flops(trainer.device)
+        peak = peak_flops(trainer.device)
+        self.peak = None if peak is None else peak * num_ranks()
 
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         row["mfu"] = None if self.peak is None else row["tokens_per_second"] * self.flops_per_token / self.peak
@@ -115,7 +124,8 @@ class Checkpoints(Callback):
             counters = {"skipped_steps": trainer.skipped_steps, "skipped_in_a_row": trainer.skipped_in_a_row}
             extra = {**counters, "inputs": trainer.inputs}
             distributed.save(self.directory, trainer.step, trainer.model, trainer.optimizer, extra)
-            distributed.retain(self.directory, self.keep)
+            if is_first():
+                distributed.retain(self.directory, self.keep)
 
 
 class Profile(Callback):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flexpert.checkpoint.digest import base_digest, tokenizer_digest
 from flexpert.checkpoint.directory import ModelDirectory
-from flexpert.checkpoint.huggingface import fill, job_tensor_map, load_model
+from flexpert.checkpoint.huggingface import fill, job_tensor_map, tensor_map
+from flexpert.checkpoint.sharding import assign, gather_to_first, local_part
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import ExpertConfig
 from flexpert.contribution.pack import pack
@@ -26,10 +27,13 @@ from flexpert.data.embed import RouterStart, router_start, sample_size
 from flexpert.data.mixture import MixedWindows, training_windows
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
+from flexpert.parallel.apply import put_beside, put_on_ranks
+from flexpert.parallel.process import is_first, on_first
+from flexpert.parallel.ranks import Ranks
 from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.freeze import cast_frozen, frozen_digest, train_only
 from flexpert.train.loop import Trainer
-from flexpert.train.pretrain import check_lengths, check_tokenizer
+from flexpert.train.pretrain import check_batch, check_lengths, check_tokenizer
 
 #: Part of a parameter's name that says it is the owner's.
 OWN = (".groups.1.", ".router.weight.1", ".router.bias.1")
@@ -58,7 +62,7 @@ def run(config: ExpertConfig, resolved: str) -> None:
         return
 
     device = set_up_process(config.train.device, config.parallel.threads)
-    inputs = {"base": base_digest(base.path)}
+    inputs = {"base": on_first(lambda: base_digest(base.path))}
     if config.public_data is not None:
         public = read_manifest(Path(config.public_data))
         if public.digest == manifest.digest:
@@ -68,34 +72,66 @@ def run(config: ExpertConfig, resolved: str) -> None:
     windows = mixed_windows(config, config.public_share)
     steps = config.router.calibration_steps
     calibration = mixed_windows(config, config.router.calibration_public_share) if steps else None
-    model = build_job(base, config, device)
-    trainer = Trainer(model, config, "expert", manifest, device, resolved, windows, inputs)
-    claim_directory(output, resolved, config.resume)
+    model, ranks = build_job(base, config, device)
+    check_batch(config.train, ranks)
+    trainer = Trainer(model, config, "expert", manifest, device, resolved, windows, inputs, ranks)
+    on_first(lambda: claim_directory(output, resolved, config.resume))
     trainer.run()
     if calibration is not None:
-        train_only(model, lambda name: name.endswith((".router.weight.1", ".router.bias.1")))
+        model = for_calibration(model, ranks, device)
         short = calibration_config(config)
         Path(short.output_dir).mkdir(exist_ok=True)
         recorded = yaml.safe_dump(asdict(short))  # for W&B, where it is a run of its own
-        Trainer(model, short, "calibrate", manifest, device, recorded, calibration, inputs).run()
+        Trainer(model, short, "calibrate", manifest, device, recorded, calibration, inputs, ranks).run()
     frozen = job_tensor_map(model.config, expert=False)
-    if frozen_digest(model, frozen, dtype, tokenizer_digest(base.path)) != inputs["base"]:
-        raise AssertionError("a frozen tensor changed during training: the contribution is not written")
-    pack(
-        contribution,
-        tensors=expert_tensors(model, dtype),
-        identity=identity,
-        base_digest=inputs["base"],
-        architecture=base.architecture,
-        router=router_facts(config),
-        training={
-            "steps": trainer.num_steps,
-            "tokens": trainer.num_steps * config.train.batch_tokens,
-            "public_share": config.public_share,
-            "calibration_steps": steps,
-        },
-    )
+    digest = frozen_digest(model, frozen, dtype, tokenizer_digest(base.path))
+    tensors = expert_tensors(model, dtype)
+
+    def write() -> None:
+        if digest != inputs["base"]:
+            raise AssertionError("a frozen tensor changed during training: the contribution is not written")
+        pack(
+            contribution,
+            tensors=tensors,
+            identity=identity,
+            base_digest=inputs["base"],
+            architecture=base.architecture,
+            router=router_facts(config),
+            training={
+                "steps": trainer.num_steps,
+                "tokens": trainer.num_steps * config.train.batch_tokens,
+                "public_share": config.public_share,
+                "calibration_steps": steps,
+            },
+        )
+
+    on_first(write)
     print(contribution)
+
+
+def for_calibration(model: Transformer, ranks: Ranks, device: torch.device) -> Transformer:
+    """The model with nothing but the owner's rows and biases to train.
+
+    Sharded data parallelism takes what is trained from when it is put on, so there it is another model of the same
+    parts.
+    """
+    if ranks.meshes is None:
+        train_only(model, is_row)
+        return model
+    fresh = build_on_meta(model.config, (1, 1))
+    train_only(fresh, is_row)
+    for parameter, held in zip(fresh.parameters(), model.parameters(), strict=True):
+        parameter.data = parameter.data.to(held.dtype)
+    put_beside(fresh, ranks, device)
+    with torch.no_grad():
+        for parameter, held in zip(fresh.parameters(), model.parameters(), strict=True):
+            local_part(parameter)[0].copy_(local_part(held)[0])
+    return fresh
+
+
+def is_row(name: str) -> bool:
+    """Whether a parameter is a router row or bias of the owner's."""
+    return name.endswith((".router.weight.1", ".router.bias.1"))
 
 
 def router_facts(config: ExpertConfig) -> dict[str, Any]:
@@ -143,12 +179,19 @@ def job_config(base: ModelConfig, bias: bool) -> ModelConfig:
     return replace(base, num_experts=2, active_experts=2, router_bias=bias)
 
 
-def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) -> Transformer:
+def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) -> tuple[Transformer, Ranks]:
     """The two-expert model: all of the public model, the second FFN a copy of the first, rows as configured."""
+    model = build_on_meta(job_config(base.config, config.router.bias), (1, 1))
+    train_only(model, lambda name: any(part in name for part in OWN))
+    if device.type == "cuda":
+        cast_frozen(model, base.require_one_dtype())  # before there is memory behind it: no fp32 copy at any time
+    ranks = put_on_ranks(model, config.parallel, config.train.sequence_length, device, (1, 1))
+    for expert in (False, True):
+        fill(model, job_tensor_map(model.config, expert), base.files)
     start = router_start(
         config.router,
         base.config,
-        lambda: load_model(base.path, device=device)[0],
+        lambda: load_public(base, ranks, device),
         Path(config.data.dir),
         Path(config.public_data) if config.public_data is not None else None,
         config.train.sequence_length,
@@ -156,15 +199,16 @@ def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) 
         config.name,
         device,
     )
-    model = build_on_meta(job_config(base.config, config.router.bias), (1, 1))
-    train_only(model, lambda name: any(part in name for part in OWN))
-    if device.type == "cuda":
-        cast_frozen(model, base.require_one_dtype())  # before there is memory behind it: no fp32 copy at any time
-    model = model.to_empty(device=device)
-    for expert in (False, True):
-        fill(model, job_tensor_map(model.config, expert), base.files, device)
     set_rows(model, start)
-    return model
+    return model, ranks
+
+
+def load_public(base: ModelDirectory, ranks: Ranks, device: torch.device) -> Transformer:
+    """The public model, whole streams of which every process sees: all read the same documents."""
+    model = build_on_meta(base.config).requires_grad_(False)
+    put_beside(model, ranks.without_sequence(), device)
+    fill(model, tensor_map(base.config), base.files)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -173,25 +217,28 @@ def set_rows(model: Transformer, start: RouterStart) -> None:
     parameters = dict(model.named_parameters())
     for layer in range(model.config.num_layers):
         router = f"blocks.{layer}.feed_forward.router"
-        parameters[f"{router}.weight.0"].zero_()
-        parameters[f"{router}.weight.1"].copy_(start.rows[layer][None])
+        assign(parameters[f"{router}.weight.0"], torch.zeros_like(start.rows[layer][None]))
+        assign(parameters[f"{router}.weight.1"], start.rows[layer][None])
         if model.config.router_bias:
-            parameters[f"{router}.bias.0"].zero_()
-            parameters[f"{router}.bias.1"].copy_(start.biases[layer][None])
+            assign(parameters[f"{router}.bias.0"], torch.zeros_like(start.biases[layer][None]))
+            assign(parameters[f"{router}.bias.1"], start.biases[layer][None])
 
 
 def expert_tensors(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The trained part under a contribution's names, in the base's type."""
+    """The trained part under a contribution's names, in the base's type, on the host; on rank 0 alone it is meant."""
     parameters = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {}
+    places: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer in range(model.config.num_layers):
         group = f"blocks.{layer}.feed_forward.groups.1"
         router = f"blocks.{layer}.feed_forward.router"
-        gate_up = parameters[f"{group}.gate_up"][0]
-        tensors[f"layers.{layer}.gate_proj.weight"] = gate_up[0]
-        tensors[f"layers.{layer}.up_proj.weight"] = gate_up[1]
-        tensors[f"layers.{layer}.down_proj.weight"] = parameters[f"{group}.down"][0]
-        tensors[f"layers.{layer}.router.weight"] = parameters[f"{router}.weight.1"][0]
+        places[f"layers.{layer}.gate_proj.weight"] = f"{group}.gate_up", (0, 0)
+        places[f"layers.{layer}.up_proj.weight"] = f"{group}.gate_up", (0, 1)
+        places[f"layers.{layer}.down_proj.weight"] = f"{group}.down", (0,)
+        places[f"layers.{layer}.router.weight"] = f"{router}.weight.1", (0,)
         if model.config.router_bias:
-            tensors[f"layers.{layer}.router.bias"] = parameters[f"{router}.bias.1"]
-    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+            places[f"layers.{layer}.router.bias"] = f"{router}.bias.1", ()
+    tensors = {}
+    for name, (parameter, index) in places.items():
+        whole = gather_to_first(parameters[parameter], index)
+        tensors[name] = whole.detach().to("cpu", dtype) if is_first() else torch.empty(0)
+    return tensors

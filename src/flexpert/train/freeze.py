@@ -7,7 +7,9 @@ import torch
 from flexpert.assembly.tensors import TensorDigest
 from flexpert.checkpoint.digest import digest_of, digest_tensor
 from flexpert.checkpoint.huggingface import Slot
+from flexpert.checkpoint.sharding import gather_to_first
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.process import is_first
 
 
 def train_only(model: Transformer, trained: Callable[[str], bool]) -> None:
@@ -27,7 +29,7 @@ def cast_frozen(model: Transformer, dtype: torch.dtype) -> None:
 
 
 def frozen_digest(model: Transformer, slots: list[Slot], dtype: torch.dtype, tokenizer: str) -> str:
-    """The base digest, computed from the frozen parameters in memory.
+    """The base digest, computed from the frozen parameters in memory; rank 0's is the one.
 
     Args:
         slots: where each tensor of the base directory lives in the model.
@@ -37,7 +39,7 @@ def frozen_digest(model: Transformer, slots: list[Slot], dtype: torch.dtype, tok
     parameters = dict(model.named_parameters())
     digests: dict[str, TensorDigest] = {}
     for slot in slots:
-        value = parameters[slot.parameter].detach()
-        value = value[slot.place] if slot.place else value
-        digests[slot.source] = digest_tensor(value.to("cpu", dtype).contiguous())
+        value = gather_to_first(parameters[slot.parameter].detach(), slot.place)
+        if is_first():
+            digests[slot.source] = digest_tensor(value.to("cpu", dtype).contiguous())
     return digest_of(digests, tokenizer)

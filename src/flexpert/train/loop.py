@@ -21,12 +21,17 @@ from flexpert.errors import UserError
 from flexpert.lock import exclusive
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.process import is_first, on_first
+from flexpert.parallel.ranks import Ranks, clip_gradients
+from flexpert.parallel.tensor import local
 from flexpert.train.callbacks import Callback, Checkpoints, Records, Utilisation, ValidLoss, diagnostics
 from flexpert.train.compilation import compiled, compiles
 from flexpert.train.optimizer import build_optimizer, project_biases, set_learning_rate
 
 #: Steps in a row without a finite loss and gradient after which a run stops.
 MAX_SKIPPED = 20
+
+ALONE = Ranks()
 
 
 class Losses(NamedTuple):
@@ -52,6 +57,7 @@ class Trainer:
         resolved: the resolved config, for the records.
         windows: sequences to train on; None: those of the manifest's train split.
         inputs: digests of what else the run is made from; a checkpoint of a run with other inputs is refused.
+        ranks: the processes that train together.
     """
 
     def __init__(
@@ -64,7 +70,9 @@ class Trainer:
         resolved: str,
         windows: TokenWindows | MixedWindows | None = None,
         inputs: dict[str, str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.model, self.config, self.manifest, self.device = model, config, manifest, device
         self.output = Path(config.output_dir)
         self.num_steps = config.train.num_steps
@@ -74,8 +82,11 @@ class Trainer:
         self.windows = windows or training_windows(
             config.data, config.train.sequence_length, config.seed, num_sequences
         )
-        self.prefetch = Prefetch(self.windows, config.train.batch_sequences, self.num_steps, pin=device.type == "cuda")
-        self.compiled = compiles(config.train, model, device)
+        self.prefetch = Prefetch(
+            self.windows, config.train.batch_sequences, self.num_steps, device.type == "cuda", ranks.share
+        )
+        # Blocks that are sharded already are not compiled: the compiler would meet `fully_shard`'s hooks.
+        self.compiled = ranks.meshes is None and compiles(config.train, model, device)
         self.inputs = {"data": manifest.digest, **mixture_digests(config.data), **(inputs or {})}
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
@@ -83,10 +94,13 @@ class Trainer:
             length, sequences = config.train.sequence_length, config.train.evaluation_sequences
             valid = TokenWindows(manifest.directory, "valid", length, config.seed, loss_mask=True)
             self.callbacks.append(ValidLoss(valid, config.train.evaluation_interval, sequences))
-        self.callbacks += [Utilisation(), Records(stage, self.output, config.monitor, resolved)]
+        self.callbacks.append(Utilisation())
+        if is_first():
+            self.callbacks.append(Records(stage, self.output, config.monitor, resolved))
         if config.checkpoint.interval is not None:
             self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint.interval, config.checkpoint.keep))
-        self.callbacks += diagnostics(config.monitor, self.output)
+        if is_first():
+            self.callbacks += diagnostics(config.monitor, self.output)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint, if there is one.
@@ -94,7 +108,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged, or the data or the base was replaced since.
         """
-        if saved := distributed.steps(self.checkpoints):
+        if saved := on_first(lambda: distributed.steps(self.checkpoints)):
             record = distributed.load(self.checkpoints, saved[-1], self.model, self.optimizer)
             for name, digest in self.inputs.items():
                 if record["inputs"].get(name) != digest:
@@ -109,7 +123,7 @@ class Trainer:
         Raises:
             UserError: as `restore`; another process trains in this directory; no step has a finite loss any more.
         """
-        with exclusive(self.output):
+        with exclusive(self.output) if is_first() else contextlib.nullcontext():
             self.restore()
             self.tell_repetition()
             self.model.train()
@@ -144,6 +158,7 @@ class Trainer:
         targets_T = targets_BS.flatten()
         counts_T = targets_T >= 0
         targets_T = targets_T.masked_fill(~counts_T, IGNORE)
+        own_T = self.ranks.own_positions(targets_BS).flatten() >= 0
         ids = document_ids(tokens_BS, self.manifest.eos_id) if self.config.data.intra_document_attention else None
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.device.type == "cuda":
@@ -152,8 +167,10 @@ class Trainer:
             hidden = self.model(tokens_BS, document_ids_BS=ids)
             stream_TD = hidden.stream_BSD.flatten(0, 1)
             chunk = self.config.train.loss_chunk_tokens
-            nll_T, lse_T = chunked_nll(stream_TD, self.model.head.weight, targets_T, chunk)
-        router_z = router_z_sum(hidden.routings, counts_T) if hidden.routings else nll_T.new_zeros(())
+            weight_VD = local(self.model.head.weight)
+            vocabulary = self.ranks.vocabulary(len(weight_VD))
+            nll_T, lse_T = chunked_nll(stream_TD, weight_VD, targets_T, chunk, vocabulary)
+        router_z = router_z_sum(hidden.routings, own_T) if hidden.routings else nll_T.new_zeros(())
         return Losses(nll_T.sum(), (lse_T.square() * counts_T).sum(), router_z)
 
     def optimizer_step(self) -> dict[str, Any]:
@@ -162,7 +179,8 @@ class Trainer:
         config, train = self.config, self.config.train
         lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
         sequences = self.prefetch.take(self.step)
-        num_targets = max(1, int((sequences[:, 1:] >= 0).sum()))
+        counted = self.ranks.sum((sequences[:, 1:] >= 0).sum().to(self.device))
+        num_targets = max(1, int(counted))
         sums = torch.zeros(3, device=self.device)
         for start in range(0, len(sequences), train.microbatch_sequences):
             losses = self.losses(sequences[start : start + train.microbatch_sequences])
@@ -171,7 +189,8 @@ class Trainer:
             sums += torch.stack([part.detach() for part in losses])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         max_norm = config.optim.grad_clip if config.optim.grad_clip is not None else float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        grad_norm = clip_gradients(parameters, max_norm)
+        sums = torch.cat([self.ranks.sum(sums[:2]), self.ranks.sum(sums[2:], of_positions=True)])
         finite = bool(torch.isfinite(sums).all() and torch.isfinite(grad_norm))
         if finite:
             self.optimizer.step()
@@ -201,7 +220,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "step_seconds": seconds,
             "tokens_per_second": train.batch_tokens / seconds,
-            "peak_memory_bytes": peak_memory(self.device),
+            "peak_memory_bytes": self.ranks.largest(peak_memory(self.device), self.device),
         }
 
 

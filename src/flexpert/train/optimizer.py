@@ -1,19 +1,25 @@
 """AdamW over what is trained; frozen parameters are not even listed."""
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from flexpert.config.groups import OptimConfig
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.tensor import local
 from flexpert.train.schedule import lr_factor
 
 
 def build_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with three groups: embeddings (no weight decay), router rows (their own rate), everything else."""
-    members: dict[str, list[torch.nn.Parameter]] = {"embedding": [], "router": [], "other": []}
+    """AdamW with three groups: embeddings (no weight decay), router rows (their own rate), everything else.
+
+    The last is two where experts are on another mesh than the rest: one fused step cannot take both.
+    """
+    members: dict[str, list[torch.nn.Parameter]] = {"embedding": [], "router": [], "other": [], "experts": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "router" if ".router." in name else "embedding" if name.startswith("embedding.") else "other"
-            members[kind].append(parameter)
+            is_apart = ".groups." in name and isinstance(parameter, DTensor)
+            members["experts" if is_apart else kind].append(parameter)
     groups = [
         {
             "params": parameters,
@@ -43,4 +49,4 @@ def project_biases(model: Transformer) -> None:
     """
     for name, parameter in model.named_parameters():
         if ".router.bias." in name and parameter.requires_grad:
-            parameter.clamp_(max=0)
+            local(parameter).clamp_(max=0)

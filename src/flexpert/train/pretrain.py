@@ -7,14 +7,18 @@ import torch
 
 from flexpert.checkpoint.digest import tokenizer_digest
 from flexpert.checkpoint.directory import ModelDirectory
-from flexpert.checkpoint.huggingface import load_model, save_model
-from flexpert.checkpoint.store import atomic_directory
+from flexpert.checkpoint.huggingface import fill, save_model, tensor_map
+from flexpert.checkpoint.sharding import assign
+from flexpert.config.groups import TrainConfig
 from flexpert.config.stages import PretrainConfig
 from flexpert.data.dataset import DataManifest, read_manifest
 from flexpert.data.mixture import training_windows
 from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
+from flexpert.parallel.apply import put_on_ranks
+from flexpert.parallel.process import directory_of_all, on_first
+from flexpert.parallel.ranks import Ranks
 from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.loop import Trainer
 
@@ -33,16 +37,29 @@ def run(config: PretrainConfig, resolved: str) -> None:
     num_sequences = config.train.num_steps * config.train.batch_sequences
     windows = training_windows(config.data, config.train.sequence_length, config.seed, num_sequences)
     build = build_model if config.base is None else load_base
-    trainer = Trainer(build(config, manifest).to(device), config, "pretrain", manifest, device, resolved, windows)
-    claim_directory(output, resolved, config.resume)
+    model, ranks = build(config, manifest, device)
+    check_batch(config.train, ranks)
+    trainer = Trainer(model, config, "pretrain", manifest, device, resolved, windows, ranks=ranks)
+    on_first(lambda: claim_directory(output, resolved, config.resume))
     trainer.run()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with atomic_directory(output / "model") as directory:
+    with directory_of_all(output / "model") as directory:
         save_model(trainer.model, directory, load_tokenizer(manifest.tokenizer_dir), dtype)
     print(output / "model")
 
 
-def build_model(config: PretrainConfig, manifest: DataManifest) -> Transformer:
+def check_batch(train: TrainConfig, ranks: Ranks) -> None:
+    """Raises `UserError` where the sequences of a step cannot be dealt out to the processes."""
+    number = ranks.share[1]
+    if train.batch_sequences % (number * train.microbatch_sequences):
+        raise UserError(
+            f"train.batch_tokens={train.batch_tokens} is {train.batch_sequences} sequences, which {number} processes "
+            f"with microbatches of {train.microbatch_sequences} cannot share: make it a multiple of "
+            f"{number * train.microbatch_sequences * train.sequence_length} tokens"
+        )
+
+
+def build_model(config: PretrainConfig, manifest: DataManifest, device: torch.device) -> tuple[Transformer, Ranks]:
     """Random weights; the vocabulary is the tokenizer's where the model does not say."""
     check_lengths(config.train.sequence_length, config.model.max_sequence_length)
     vocab = config.model.vocab_size or -(-manifest.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -51,12 +68,13 @@ def build_model(config: PretrainConfig, manifest: DataManifest) -> Transformer:
             f"model.vocab_size={vocab} is smaller than the {manifest.vocab_size} tokens of the tokenizer in "
             f"{manifest.directory}; set model.vocab_size=null to take the tokenizer's"
         )
-    model = build_on_meta(replace(config.model, vocab_size=vocab)).to_empty(device="cpu")
-    initialise(model, config.seed)
-    return model
+    model = build_on_meta(replace(config.model, vocab_size=vocab))
+    ranks = put_on_ranks(model, config.parallel, config.train.sequence_length, device)
+    initialise(model, config.seed, assign)
+    return model, ranks
 
 
-def load_base(config: PretrainConfig, manifest: DataManifest) -> Transformer:
+def load_base(config: PretrainConfig, manifest: DataManifest, device: torch.device) -> tuple[Transformer, Ranks]:
     """An existing dense model, made trainable."""
     assert config.base is not None
     directory = ModelDirectory.open(Path(config.base))
@@ -64,7 +82,10 @@ def load_base(config: PretrainConfig, manifest: DataManifest) -> Transformer:
         raise UserError(f"base={config.base} is a mixture; pretrain goes on from dense models only")
     check_lengths(config.train.sequence_length, directory.config.max_sequence_length)
     check_tokenizer(Path(config.base), manifest)
-    return load_model(Path(config.base))[0].requires_grad_(True)
+    model = build_on_meta(directory.config)
+    ranks = put_on_ranks(model, config.parallel, config.train.sequence_length, device)
+    fill(model, tensor_map(directory.config), directory.files)
+    return model, ranks
 
 
 def check_lengths(sequence_length: int, longest: int) -> None:

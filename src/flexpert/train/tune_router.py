@@ -18,14 +18,18 @@ from flexpert.assembly.verify import verify_model
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import load_model
+from flexpert.checkpoint.sharding import gather_to_first
 from flexpert.config.stages import TuneRouterConfig
 from flexpert.data.dataset import read_manifest
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.apply import put_on_ranks
+from flexpert.parallel.process import on_first
+from flexpert.parallel.ranks import Ranks
 from flexpert.records import sha256_file
 from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.freeze import cast_frozen, train_only
 from flexpert.train.loop import Trainer
-from flexpert.train.pretrain import check_lengths, check_tokenizer
+from flexpert.train.pretrain import check_batch, check_lengths, check_tokenizer
 
 
 def run(config: TuneRouterConfig, resolved: str) -> None:
@@ -42,18 +46,25 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
         return
-    verify_model(source)  # an altered model is refused before it is trained on, and not only when it is copied
-    check_tokenizer(source, manifest)
     device = set_up_process(config.train.device, config.parallel.threads)
-    model, directory = load_model(source, active_experts=config.active_experts, device=device)
-    check_lengths(config.train.sequence_length, model.config.max_sequence_length)
-    dtype = directory.require_one_dtype()
-    train_only(model, lambda name: ".router.weight." in name)
-    if device.type == "cuda":
-        cast_frozen(model, dtype)
+    on_first(lambda: verify_model(source))  # an altered model is not trained on, and not only not copied
+    check_tokenizer(source, manifest)
+    dtype = ModelDirectory.open(source).require_one_dtype()
+    ranks = Ranks()
+
+    def give_memory(model: Transformer) -> None:
+        nonlocal ranks
+        check_lengths(config.train.sequence_length, model.config.max_sequence_length)
+        train_only(model, lambda name: ".router.weight." in name)
+        if device.type == "cuda":
+            cast_frozen(model, dtype)
+        ranks = put_on_ranks(model, config.parallel, config.train.sequence_length, device)
+
+    model, directory = load_model(source, active_experts=config.active_experts, give_memory=give_memory)
+    check_batch(config.train, ranks)
     inputs = {"model": sha256_file(source / "assembly.json")}
-    trainer = Trainer(model, config, "tune_router", manifest, device, resolved, inputs=inputs)
-    claim_directory(output, resolved, config.resume)
+    trainer = Trainer(model, config, "tune_router", manifest, device, resolved, inputs=inputs, ranks=ranks)
+    on_first(lambda: claim_directory(output, resolved, config.resume))
     trainer.run()
     write_tuned(model, directory, output / "model", dtype)
     print(output / "model")
@@ -65,15 +76,16 @@ def write_tuned(model: Transformer, source: ModelDirectory, output: Path, dtype:
     active = model.config.active_experts
 
     def rows(layer: int, part: str) -> list[bytes]:
-        value = parameters[f"blocks.{layer}.feed_forward.router.{part}.0"].detach().to("cpu", dtype)
-        return [bytes(tensor_bytes(row)) for row in value]
+        value = gather_to_first(parameters[f"blocks.{layer}.feed_forward.router.{part}.0"].detach())
+        return [bytes(tensor_bytes(row)) for row in value.to("cpu", dtype)]
+
+    layers = range(model.config.num_layers)
+    weights = [rows(layer, "weight") for layer in layers]
+    biases = [rows(layer, "bias") for layer in layers] if model.config.router_bias else None
 
     def write(directory: Path) -> FileRecord:
-        layers = range(model.config.num_layers)
-        weights = [rows(layer, "weight") for layer in layers]
-        biases = [rows(layer, "bias") for layer in layers] if model.config.router_bias else None
         return write_routers(directory, dtype_name(torch.empty(0, dtype=dtype)), weights, biases)
 
     record = replace(read_assembly(source.path), active_experts=active, tuned=True)
     config = {**source.raw, "num_experts_per_tok": active}
-    write_changed(source.path, output, record, range(len(record.experts)), config, write)
+    on_first(lambda: write_changed(source.path, output, record, range(len(record.experts)), config, write))

@@ -1,0 +1,79 @@
+"""The stages that train, in several processes: what they write is what one process writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from toy import SHAPE, TOY
+
+from flexpert.cli import run_stage
+from flexpert.errors import UserError
+
+LAYOUTS = {
+    "data 2": (2, []),
+    "tensor 2": (2, ["parallel.tensor=2"]),
+    "tensor 2, sequence, data 2": (4, ["parallel.tensor=2", "parallel.sequence=true"]),
+}
+JOB_LAYOUTS = LAYOUTS | {
+    "expert 2": (2, ["parallel.expert=2"]),
+    "tensor 2, expert 2, sequence": (
+        4, ["parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=1", "parallel.sequence=true"],
+    ),
+}  # fmt: skip
+
+
+def stage(name: str, overrides: list[str]) -> None:
+    run_stage(name, overrides)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def check_equal(found: Path, wanted: Path, weights: str) -> None:
+    """Losses, norms of gradients and the weights that were written agree within 1e-5."""
+    for ours, alone in zip(rows(found), rows(wanted), strict=True):
+        for key in ("loss", "z_loss", "router_z_loss", "grad_norm", "valid_loss"):
+            assert ours.get(key) == pytest.approx(alone.get(key), rel=1e-5), (ours["step"], key)
+    tensors, references = load_file(found / weights), load_file(wanted / weights)
+    assert tensors.keys() == references.keys()
+    for name, reference in references.items():
+        assert (tensors[name] - reference).norm() <= 1e-5 * reference.norm(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pretraining_in_several_processes_equals_pretraining_in_one(road: Path, tmp_path: Path, layout: str) -> None:
+    number, keys = LAYOUTS[layout]
+    common = [*TOY, *SHAPE, f"data.dir={road}/data/public", "train.steps=5", "train.evaluation_interval=2"]
+    run_stage("pretrain", [*common, f"output_dir={tmp_path}/alone"])
+    run_ranks(stage, number, "pretrain", [*common, *keys, f"output_dir={tmp_path}/together"])
+    check_equal(tmp_path / "together", tmp_path / "alone", "model/model.safetensors")
+
+
+@pytest.mark.parametrize("layout", JOB_LAYOUTS)
+def test_an_expert_trained_in_several_processes_equals_one_trained_in_one(
+    road: Path, expert_overrides: list[str], tmp_path: Path, layout: str
+) -> None:
+    number, keys = JOB_LAYOUTS[layout]
+    common = [
+        *TOY, *expert_overrides, "router.init=discriminant", "router.bias=true", "public_share=0.25",
+        "router.calibration_steps=2", "train.steps=5",
+    ]  # fmt: skip
+    run_stage("expert", [*common, f"output_dir={tmp_path}/alone"])
+    run_ranks(stage, number, "expert", [*common, *keys, f"output_dir={tmp_path}/together"])
+    check_equal(tmp_path / "together", tmp_path / "alone", "contribution/expert.safetensors")
+
+
+def test_a_run_goes_on_in_another_layout(road: Path, tmp_path: Path) -> None:
+    """Two steps in one layout, two in another, the last alone."""
+    common = [*TOY, *SHAPE, f"data.dir={road}/data/public", "train.steps=5", "checkpoint.interval=1"]
+    run_stage("pretrain", [*common, f"output_dir={tmp_path}/alone"])
+    output = f"output_dir={tmp_path}/moved"
+    for steps, number, keys in ((2, *LAYOUTS["tensor 2"]), (4, *LAYOUTS["data 2"])):
+        run_ranks(stop_after, number, "pretrain", [*common, *keys, output], steps)
+    run_stage("pretrain", [*common, output])
+    check_equal(tmp_path / "moved", tmp_path / "alone", "model/model.safetensors")
