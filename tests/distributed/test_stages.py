@@ -8,10 +8,9 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from toy import SHAPE, TOY
+from toy import SHAPE, train
 
-from flexpert.cli import run_stage
-from flexpert.errors import UserError
+from flexpert.train.loop import Trainer
 
 LAYOUTS = {
     "data 2": (2, []),
@@ -26,8 +25,21 @@ JOB_LAYOUTS = LAYOUTS | {
 }  # fmt: skip
 
 
-def stage(name: str, overrides: list[str]) -> None:
-    run_stage(name, overrides)
+class Stopped(BaseException):
+    """In place of a signal that reaches every rank at once."""
+
+
+def stopped(step: int, stage: str, *overrides: str) -> None:
+    """A stage that ends when it has done `step` steps."""
+
+    def stop(trainer: Trainer) -> dict[str, Any]:
+        if trainer.step == step:
+            raise Stopped
+        return optimizer_step(trainer)
+
+    optimizer_step, Trainer.optimizer_step = Trainer.optimizer_step, stop  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        train(stage, *overrides)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -48,9 +60,10 @@ def check_equal(found: Path, wanted: Path, weights: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pretraining_in_several_processes_equals_pretraining_in_one(road: Path, tmp_path: Path, layout: str) -> None:
     number, keys = LAYOUTS[layout]
-    common = [*TOY, *SHAPE, f"data.dir={road}/data/public", "train.steps=5", "train.evaluation_interval=2"]
-    run_stage("pretrain", [*common, f"output_dir={tmp_path}/alone"])
-    run_ranks(stage, number, "pretrain", [*common, *keys, f"output_dir={tmp_path}/together"])
+    common = [*SHAPE, f"data.dir={road}/data/public", "train.steps=5", "train.evaluation_interval=2"]
+    common += ["train.microbatch_sequences=2"]
+    train("pretrain", *common, f"output_dir={tmp_path}/alone")
+    run_ranks(train, number, "pretrain", *common, *keys, f"output_dir={tmp_path}/together")
     check_equal(tmp_path / "together", tmp_path / "alone", "model/model.safetensors")
 
 
@@ -59,21 +72,22 @@ def test_an_expert_trained_in_several_processes_equals_one_trained_in_one(
     road: Path, expert_overrides: list[str], tmp_path: Path, layout: str
 ) -> None:
     number, keys = JOB_LAYOUTS[layout]
-    common = [
-        *TOY, *expert_overrides, "router.init=discriminant", "router.bias=true", "public_share=0.25",
-        "router.calibration_steps=2", "train.steps=5",
+    common = [override for override in expert_overrides if not override.startswith("router.init=")] + [
+        "router.init=discriminant", "router.bias=true", "public_share=0.25", "router.calibration_steps=2",
+        "train.steps=5", "train.microbatch_sequences=2",
     ]  # fmt: skip
-    run_stage("expert", [*common, f"output_dir={tmp_path}/alone"])
-    run_ranks(stage, number, "expert", [*common, *keys, f"output_dir={tmp_path}/together"])
+    train("expert", *common, f"output_dir={tmp_path}/alone")
+    run_ranks(train, number, "expert", *common, *keys, f"output_dir={tmp_path}/together")
     check_equal(tmp_path / "together", tmp_path / "alone", "contribution/expert.safetensors")
 
 
 def test_a_run_goes_on_in_another_layout(road: Path, tmp_path: Path) -> None:
     """Two steps in one layout, two in another, the last alone."""
-    common = [*TOY, *SHAPE, f"data.dir={road}/data/public", "train.steps=5", "checkpoint.interval=1"]
-    run_stage("pretrain", [*common, f"output_dir={tmp_path}/alone"])
+    common = [*SHAPE, f"data.dir={road}/data/public", "train.steps=5", "checkpoint.interval=1"]
+    common += ["train.microbatch_sequences=2"]
+    train("pretrain", *common, f"output_dir={tmp_path}/alone")
     output = f"output_dir={tmp_path}/moved"
     for steps, number, keys in ((2, *LAYOUTS["tensor 2"]), (4, *LAYOUTS["data 2"])):
-        run_ranks(stop_after, number, "pretrain", [*common, *keys, output], steps)
-    run_stage("pretrain", [*common, output])
+        run_ranks(stopped, number, steps, "pretrain", *common, *keys, output)
+    train("pretrain", *common, output)
     check_equal(tmp_path / "moved", tmp_path / "alone", "model/model.safetensors")

@@ -20,7 +20,7 @@ from flexpert.assembly.tensors import INDEX_FILE, TensorSource, write_tensors
 from flexpert.checkpoint.digest import dtype_name, tensor_bytes
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.layout import DENSE, PROJECTIONS, assembled_config, expert_name, ffn_name, router_name
-from flexpert.checkpoint.sharding import local_part
+from flexpert.checkpoint.sharding import gather_to_first, local_part
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.data.tokenizer import Tokenizer

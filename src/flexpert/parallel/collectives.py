@@ -7,23 +7,20 @@ have, and its all-reduce leaves an input that is not contiguous as it was.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as functional
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over ranks, in new memory."""
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
-    return x
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
 
 
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Every rank's part, end to end along `dim`, in the order of the ranks; parts are of equal size."""
     moved = x.movedim(dim, 0).contiguous()
-    out = moved.new_empty(moved.shape[0] * group.size(), *moved.shape[1:])
-    dist.all_gather_into_tensor(out, moved, group=group)
+    out = functional.wait_tensor(functional.all_gather_tensor(moved, 0, group))
     return out.movedim(0, dim).contiguous()  # once, and not in each of the products that read it
 
 
@@ -31,16 +28,12 @@ def sum_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """This rank's part along `dim` of the sum over ranks."""
     moved = x.movedim(dim, 0).contiguous()
     assert moved.shape[0] % group.size() == 0, "parts are of equal size"
-    out = moved.new_empty(moved.shape[0] // group.size(), *moved.shape[1:])
-    dist.reduce_scatter_tensor(out, moved, group=group)
-    return out.movedim(0, dim)
+    return functional.wait_tensor(functional.reduce_scatter_tensor(moved, "sum", 0, group)).movedim(0, dim)
 
 
 def exchange(x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
     """All-to-all of rows: `sent[r]` consecutive ones go to rank r, `received[r]` come from it."""
-    out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-    return out
+    return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), received, sent, group))
 
 
 class _Copy(torch.autograd.Function):
