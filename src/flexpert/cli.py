@@ -29,7 +29,7 @@ STAGES = {
 GOES_ON = "; started again, a pipeline goes on, and a training stage from its last checkpoint; other stages begin anew"
 
 #: Stages that several processes run together; WORLD_SIZE and RANK are what torchrun sets.
-PARALLEL = ("pretrain", "expert", "tune_router")
+PARALLEL = ("pretrain", "expert", "tune_router", "evaluate", "generate")
 
 
 def usage() -> str:

@@ -1,11 +1,12 @@
 """Model soup: the plain average of several models' weights (arXiv 2203.05482)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from flexpert.checkpoint.directory import ModelDirectory
-from flexpert.checkpoint.huggingface import inference_dtype, load_model
+from flexpert.checkpoint.huggingface import inference_dtype
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer
 
@@ -21,17 +22,20 @@ def check_shapes(models: list[ModelDirectory]) -> None:
 
 
 @torch.no_grad()
-def soup(paths: list[Path], device: torch.device) -> Transformer:
+def soup(paths: list[Path], load: Callable[..., Transformer], device: torch.device) -> Transformer:
     """Average dense models in fp32, one in memory beside the sum; the result is held as the first is for inference.
+
+    Args:
+        load: gives the model of a path, `dtype` as of `load_model`.
 
     Raises:
         UserError: the models have different shapes.
     """
     models = [ModelDirectory.open(path) for path in paths]
     check_shapes(models)
-    mean = load_model(paths[0], device=device)[0]
+    mean = load(paths[0], dtype=torch.float32)
     for path in paths[1:]:
-        other = load_model(path, device=device)[0]
+        other = load(path, dtype=torch.float32)
         for total, parameter in zip(mean.parameters(), other.parameters(), strict=True):
             total.add_(parameter)
     for total in mean.parameters():

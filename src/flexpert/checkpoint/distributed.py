@@ -63,7 +63,7 @@ def trained_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[
 def save(
     directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, extra: dict[str, Any]
 ) -> None:
-    """Write `directory/step-N`; of several processes each its part. `extra` must be JSON: what the run needs to go on."""
+    """Write `directory/step-N`, of several processes each its part; `extra` must be JSON: what a run needs to go on."""
     final = directory / f"step-{step:09d}"
     if on_first(final.exists):
         return

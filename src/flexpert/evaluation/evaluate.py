@@ -20,6 +20,9 @@ from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
 from flexpert.evaluation.table import print_bits
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.apply import put_for_inference, ranks_for_inference
+from flexpert.parallel.process import on_first
+from flexpert.parallel.ranks import Ranks
 from flexpert.records import write_record
 from flexpert.stage import claim_directory, set_up_process
 
@@ -33,12 +36,13 @@ class Evaluation:
     config: EvaluateConfig
     sets: list[EvaluationSet]
     device: torch.device
+    ranks: Ranks
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, method: str, model: Transformer, experts: list[str]) -> list[Scores]:
         print(f"evaluate {self.config.output_dir}  scoring {method}", flush=True)
         length = min(self.config.sequence_length or model.config.max_sequence_length, model.config.max_sequence_length)
-        scores = [score(model, data, length, self.config.batch_sequences) for data in self.sets]
+        scores = [score(model, data, length, self.config.batch_sequences, self.ranks) for data in self.sets]
         self.methods[method] = {
             "active_experts": model.config.active_experts if model.config.num_experts else None,
             "experts": experts,
@@ -47,10 +51,16 @@ class Evaluation:
         return scores
 
     def add_flex(self, method: str, exclude: list[str], active: int | None) -> list[Scores]:
-        model, directory = load_model(
-            Path(self.config.model), exclude=exclude, active_experts=active, device=self.device, dtype=None
-        )
-        return self.add(method, model, experts_of(directory, exclude))
+        model = self.load(Path(self.config.model), exclude=exclude, active_experts=active)
+        return self.add(method, model, experts_of(ModelDirectory.open(Path(self.config.model)), exclude))
+
+    def load(self, path: Path, **options: Any) -> Transformer:
+        """As `load_model` with these options, for the processes that there are."""
+
+        def give_memory(model: Transformer) -> None:
+            put_for_inference(model, self.ranks, self.device)
+
+        return load_model(path, **{"dtype": None, **options}, device=self.device, give_memory=give_memory)[0]
 
 
 def run(config: EvaluateConfig, resolved: str) -> None:
@@ -60,21 +70,21 @@ def run(config: EvaluateConfig, resolved: str) -> None:
         UserError: a data set, the model, a baseline or `output_dir` cannot be used as the config says; nothing has
             been scored or written then.
     """
+    output, main = Path(config.output_dir), ModelDirectory.open(Path(config.model))
     device = set_up_process(config.device, config.parallel.threads)
+    ranks = ranks_for_inference(config.parallel, device, is_mixture=bool(main.experts))
     sets = [
         load_set(name, Path(path), config.data.split, config.data.max_documents)
         for name, path in config.data.dirs.items()
     ]
     for note in overlap_notes({name: Path(path) for name, path in config.data.dirs.items()}, config.data.split):
         print(f"note: {note}", flush=True)
-    model = ModelDirectory.open(Path(config.model))
-    check_data(model, sets)
-    check_vocabulary("model", model, sets)
-    check_experts(config, model)
+    check_data(main, sets)
+    check_vocabulary("model", main, sets)
+    check_experts(config, main)
     check_baselines(config, sets)
-    output = Path(config.output_dir)
-    claim_directory(output, resolved, "auto")
-    evaluation = Evaluation(config, sets, device)
+    on_first(lambda: claim_directory(output, resolved, "auto"))
+    evaluation = Evaluation(config, sets, device, ranks)
     evaluation.add_flex(MODEL, config.exclude, config.active_experts)
     if config.leave_one_out:
         leave_one_out(evaluation)
@@ -83,7 +93,7 @@ def run(config: EvaluateConfig, resolved: str) -> None:
     add_baselines(evaluation)
     domains = {data.name: {"documents": len(data.documents), "bytes": data.num_bytes} for data in sets}
     content = {"exclude": config.exclude, "domains": domains, "methods": evaluation.methods}
-    write_record(output / "evaluation.json", "flexpert.evaluation", content)
+    on_first(lambda: write_record(output / "evaluation.json", "flexpert.evaluation", content))
     print_bits(content)
     print(output / "evaluation.json")
 
@@ -157,14 +167,12 @@ def leave_one_out(evaluation: Evaluation) -> None:
 
 def add_baselines(evaluation: Evaluation) -> None:
     """The public model, the dense fine-tunes, their soup and their ensemble, where the config names them."""
-    config, device = evaluation.config.baselines, evaluation.device
+    config = evaluation.config.baselines
     members = {"public": config.public, **{f"dense {name}": path for name, path in config.dense.items()}}
     paths = {name: Path(path) for name, path in members.items() if path is not None}
-    scores = {
-        name: evaluation.add(name, load_model(path, device=device, dtype=None)[0], []) for name, path in paths.items()
-    }
+    scores = {name: evaluation.add(name, evaluation.load(path), []) for name, path in paths.items()}
     if config.dense and config.soup:
-        evaluation.add("soup", soup(list(paths.values()), device), [])
+        evaluation.add("soup", soup(list(paths.values()), evaluation.load, evaluation.device), [])
     if config.dense and config.btm:
         domains = {}
         for index, data in enumerate(evaluation.sets):

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import torch
 
+from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import load_model
 from flexpert.config.stages import GenerateConfig
 from flexpert.data.tokenizer import Tokenizer, load_tokenizer
 from flexpert.errors import UserError
-from flexpert.model.generate import generate, store_for_batches
+from flexpert.model.generate import Decoder, generate, store_for_batches
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.apply import put_for_inference, ranks_for_inference
+from flexpert.parallel.generate import ParallelDecoder
+from flexpert.parallel.process import on_first
+from flexpert.parallel.ranks import ALONE
+from flexpert.parallel.tensor import local
 from flexpert.stage import set_up_process
 
 
@@ -24,10 +30,17 @@ def run(config: GenerateConfig, resolved: str) -> None:
     device = set_up_process(config.device, config.parallel.threads)
     tokenizer = load_tokenizer(Path(config.model))
     many = config.prompts_file is not None
-    prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file is not None else [read_prompt(config)]
+    prompts = on_first(lambda: read_prompts(config))
     encoded = tokenizer.encode_batch(prompts)
+    is_mixture = bool(ModelDirectory.open(Path(config.model)).experts)
+    ranks = ranks_for_inference(config.parallel, device, is_mixture)
     model, _ = load_model(
-        Path(config.model), exclude=config.exclude, active_experts=config.active_experts, device=device, dtype=None
+        Path(config.model),
+        exclude=config.exclude,
+        active_experts=config.active_experts,
+        device=device,
+        dtype=None,
+        give_memory=lambda model: put_for_inference(model, ranks, device, one_batch=True),
     )
     for number, ids in enumerate(encoded, start=1):
         name = f"prompt {number} of {config.prompts_file}" if many else "the prompt"
@@ -37,25 +50,31 @@ def run(config: GenerateConfig, resolved: str) -> None:
         if len(ids) >= model.config.max_sequence_length:
             raise UserError(f"{name} has {len(ids)} tokens; the model's context is {model.config.max_sequence_length}")
     batch_size = min(config.batch_size, len(prompts))
-    if batch_size > 1 and device.type == "cpu":
+    if batch_size > 1 and device.type == "cpu" and ranks == ALONE:
         store_for_batches(model)
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
-        texts = continuations(model, tokenizer, encoded[batch], first, config)
+        decoder = Decoder if ranks == ALONE else ParallelDecoder
+        texts = continuations(model, tokenizer, encoded[batch], first, config, decoder)
         for prompt, text in zip(prompts[batch], texts, strict=True):
             row = {"prompt": prompt, "text": text}
             print(json.dumps(row, ensure_ascii=False) if many else prompt + text, flush=True)
 
 
 def continuations(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], first: int, config: GenerateConfig
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    first: int,
+    config: GenerateConfig,
+    decoder: type[Decoder],
 ) -> list[str]:
     """What the model says after a batch of prompts, of which the first has the number `first` among all."""
     width = max(map(len, prompts))
     padded = [[tokenizer.eos_id] * (width - len(ids)) + ids for ids in prompts]
     new_BN = generate(
         model,
-        torch.tensor(padded, device=model.head.weight.device),
+        torch.tensor(padded, device=local(model.head.weight).device),
         config.max_new_tokens,
         tokenizer.eos_id,
         lengths=[len(ids) for ids in prompts],
@@ -64,6 +83,7 @@ def continuations(
         top_p=config.top_p,
         seed=config.seed,
         first=first,
+        decoder=decoder,
     )
     rows = [[*row, tokenizer.eos_id] for row in new_BN.tolist()]
     return [tokenizer.decode(row[: row.index(tokenizer.eos_id)]) for row in rows]
@@ -84,8 +104,11 @@ def read_prompt(config: GenerateConfig) -> str:
         raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file of JSON lines; blank lines hold none."""
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """The prompts of a file of JSON lines, of which blank ones hold none; without such a file, the only one."""
+    if config.prompts_file is None:
+        return [read_prompt(config)]
+    path = Path(config.prompts_file)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -39,6 +39,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     first: int = 0,
+    decoder: "type[Decoder] | None" = None,
 ) -> Tensor:
     """New tokens [B, N ≤ max_new_tokens]; behind its end a row is filled with `eos_id`.
 
@@ -50,8 +51,10 @@ def generate(
         lengths: tokens of each prompt; None: all have S.
         temperature, top_k, top_p: as in `sample`.
         seed, first: the row with index b draws from a generator of its own, seeded with (seed, first + b).
+        decoder: what runs the model; None: `Decoder`. `flexpert.parallel` has one of several processes.
     """
     batch, width = prompt_BS.shape
+    make_decoder = decoder or Decoder
     lengths = [width] * batch if lengths is None else lengths
     room = [min(max_new_tokens, model.config.max_sequence_length - length) for length in lengths]
     assert min(room) > 0, "callers refuse prompts that fill the context"
@@ -59,8 +62,8 @@ def generate(
     generators = [row_generator(seed, first + row, prompt_BS.device) for row in range(batch)]
     rows, end = list(range(batch)), 0  # the rows that have not ended
     with torch.inference_mode():
-        decoder = Decoder(model, lengths, width, width + max(room))
-        logits_BV = decoder.read(prompt_BS)
+        running = make_decoder(model, lengths, width, width + max(room))
+        logits_BV = running.read(prompt_BS)
         while rows:
             tokens_B = sample(logits_BV, temperature, top_k, top_p, [generators[row] for row in rows])
             new_BN[rows, end] = tokens_B
@@ -72,9 +75,9 @@ def generate(
             ]
             if len(kept) < len(rows):
                 rows, tokens_B = [rows[place] for place in kept], tokens_B[kept]
-                decoder.keep(kept)
+                running.keep(kept)
             if rows:
-                logits_BV = decoder.step(tokens_B)
+                logits_BV = running.step(tokens_B)
     return new_BN[:, :end]
 
 
@@ -138,7 +141,10 @@ class Decoder:
         self.visible_BS = None
         if min(lengths) < width:
             self.visible_BS = torch.arange(capacity, device=device) >= (width - self.position_B)[:, None]
-        self.steps = [block_step(block, cache) for block, cache in zip(model.blocks, self.caches, strict=True)]
+        self.steps = self.block_steps()
+
+    def block_steps(self) -> list[AttentionStep]:
+        return [block_step(block, cache) for block, cache in zip(self.model.blocks, self.caches, strict=True)]
 
     def read(self, prompt_BS: Tensor) -> Tensor:
         """Logits [B, V] behind the prompts."""

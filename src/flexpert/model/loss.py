@@ -27,6 +27,10 @@ class Vocabulary:
         """Over all processes that share the vocabulary."""
         return part_T
 
+    def argmax(self, logits_TV: Tensor) -> Tensor:
+        """The likeliest tokens [T], of all rows, from the logits of this process's."""
+        return logits_TV.argmax(1)
+
 
 class ChunkedNLL(torch.autograd.Function):
     """Negative log-likelihood and log-normaliser per token; logits of one chunk live at a time, in fp32.

@@ -6,11 +6,15 @@
     4. compile      blocks go through the compiler
     5. shard        parameters, gradients and optimiser state over dp, experts' over edp  (fully_shard)
 
+Step 4 comes after 3, so that what is compiled is the block as it will run, and before 5, whose gathering and scattering
+stay outside of what is compiled. In one process there are steps 3 and 4 alone.
+
 The model arrives on the meta device and leaves with memory for this rank's part alone, to be filled by
 `checkpoint.huggingface.fill` or `model.transformer.initialise`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -23,11 +27,27 @@ from flexpert.errors import UserError
 from flexpert.model.moe import MixtureOfExperts
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.expert import ExpertAxes, apply_expert_parallel
-from flexpert.parallel.layout import Layout, check_layout
+from flexpert.parallel.layout import Layout, check_layout, for_inference
 from flexpert.parallel.mesh import Meshes, build_meshes
 from flexpert.parallel.process import num_ranks
 from flexpert.parallel.ranks import Ranks
 from flexpert.parallel.tensor import TensorAxis, apply_tensor_parallel
+
+
+def layout_of(config: ParallelConfig, is_mixture: bool) -> Layout:
+    """What the settings mean for the processes that there are.
+
+    Raises:
+        UserError: they are for another number of processes.
+    """
+    width = config.expert_tensor or (config.tensor if is_mixture else 1)
+    layout = Layout(num_ranks(), config.tensor, config.expert, width, config.sequence and config.tensor > 1)
+    if config.data not in (-1, layout.data):
+        raise UserError(
+            f"parallel.data={config.data} x parallel.tensor={config.tensor} are not the {layout.num_ranks} processes: "
+            f"leave parallel.data out, or set it to {layout.data}"
+        )
+    return layout
 
 
 def put_on_ranks(
@@ -48,14 +68,8 @@ def put_on_ranks(
         UserError: the layout does not fit the processes or the model.
     """
     experts = model.config.num_experts
-    width = config.expert_tensor or (config.tensor if experts else 1)
-    layout = Layout(num_ranks(), config.tensor, config.expert, width, config.sequence and config.tensor > 1)
+    layout = layout_of(config, experts > 0)
     check_layout(layout, model.config, group_sizes or (experts,), sequence_length)
-    if config.data not in (-1, layout.data):
-        raise UserError(
-            f"parallel.data={config.data} x parallel.tensor={config.tensor} are not the {layout.num_ranks} processes: "
-            f"leave parallel.data out, or set it to {layout.data}"
-        )
     ranks = Ranks(build_meshes(layout, device)) if layout.num_ranks > 1 else Ranks()
     put_beside(model, ranks, device)
     return ranks
@@ -68,6 +82,40 @@ def put_beside(model: Transformer, ranks: Ranks, device: torch.device) -> None:
     model.to_empty(device=device)
 
 
+def ranks_for_inference(config: ParallelConfig, device: torch.device, is_mixture: bool) -> Ranks:
+    """The processes of a stage that trains nothing, in the layout that `for_inference` makes of the settings.
+
+    Raises:
+        UserError: the settings do not fit the processes.
+    """
+    layout = layout_of(config, is_mixture)
+    if layout.num_ranks == 1:
+        return Ranks()
+    if layout.num_ranks % layout.tensor or layout.num_ranks % (layout.expert * layout.expert_tensor):
+        raise UserError(f"{layout.num_ranks} processes do not divide by {layout}")
+    return Ranks(build_meshes(for_inference(layout), device))
+
+
+def put_for_inference(model: Transformer, ranks: Ranks, device: torch.device, one_batch: bool = False) -> None:
+    """Give a model on the meta device, dense or a mixture, memory for this process's part.
+
+    Args:
+        one_batch: all processes have the same tokens. Then what tensor and expert axes leave is not shared out further:
+            `fully_shard` would gather every weight for every token that is generated.
+
+    Raises:
+        UserError: the layout does not fit the model.
+    """
+    if ranks.meshes is not None:
+        layout, experts = ranks.meshes.layout, model.config.num_experts
+        held = layout if experts else replace(layout, expert=1, expert_tensor=1)
+        check_layout(held, model.config, (experts,), model.config.max_sequence_length)
+        split_model(model, ranks.meshes, one_batch)
+        if not one_batch:
+            shard_data(model, ranks.meshes)
+    model.to_empty(device=device)
+
+
 def apply_parallel(model: Transformer, meshes: Meshes, compute: torch.dtype) -> None:
     """Steps 1, 2 and 5 (3 and 4 are the caller's settings, between them).
 
@@ -76,13 +124,20 @@ def apply_parallel(model: Transformer, meshes: Meshes, compute: torch.dtype) -> 
         meshes: of all ranks.
         compute: type of matrix products; parameters are gathered in it, and the router's in fp32.
     """
+    split_model(model, meshes)
+    shard_data(model, meshes, compute)
+
+
+def split_model(model: Transformer, meshes: Meshes, one_batch: bool = False) -> None:
+    """Steps 1 and 2; `one_batch`: all ranks have the same tokens."""
     layout = meshes.layout
     if layout.tensor > 1:
         apply_tensor_parallel(model, TensorAxis(meshes.dense["tp"], layout.sequence))
     if layout.expert * layout.expert_tensor > 1 and model.config.num_experts:
-        same_tokens = layout.tensor > 1 and not layout.sequence
-        apply_expert_parallel(model, ExpertAxes(meshes.experts["ep", "etp"], same_tokens))
-    shard_data(model, meshes, compute)
+        same_tokens = ("etp",) if layout.tensor > 1 and not layout.sequence else ()
+        apply_expert_parallel(
+            model, ExpertAxes(meshes.experts["ep", "etp"], ("ep", "etp") if one_batch else same_tokens)
+        )
 
 
 def placement(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
@@ -97,10 +152,11 @@ def placement(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     return choose
 
 
-def shard_data(model: Transformer, meshes: Meshes, compute: torch.dtype) -> None:
+def shard_data(model: Transformer, meshes: Meshes, compute: torch.dtype | None = None) -> None:
     """`fully_shard` for each block, and within it for the experts, over their own mesh, and the fp32 router.
 
     Gradients are summed, not averaged: the loss is divided by the tokens of the whole step, and the meshes differ.
+    `compute` is the type that parameters are gathered in; None: their own.
     """
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -123,3 +179,13 @@ def shard_data(model: Transformer, meshes: Meshes, compute: torch.dtype) -> None
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """After forward passes that no backward pass followed: what `fully_shard` has gathered is shards again.
+
+    Until then the model's parameters are not those that the optimiser knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

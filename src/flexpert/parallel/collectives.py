@@ -12,15 +12,20 @@ from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 
 
+def waited(x: Tensor) -> Tensor:
+    done: Tensor = functional.wait_tensor(x)  # type: ignore[no-untyped-call]
+    return done
+
+
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over ranks, in new memory."""
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+    return waited(functional.all_reduce(x.contiguous(), "sum", group))
 
 
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Every rank's part, end to end along `dim`, in the order of the ranks; parts are of equal size."""
     moved = x.movedim(dim, 0).contiguous()
-    out = functional.wait_tensor(functional.all_gather_tensor(moved, 0, group))
+    out = waited(functional.all_gather_tensor(moved, 0, group))
     return out.movedim(0, dim).contiguous()  # once, and not in each of the products that read it
 
 
@@ -28,12 +33,12 @@ def sum_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """This rank's part along `dim` of the sum over ranks."""
     moved = x.movedim(dim, 0).contiguous()
     assert moved.shape[0] % group.size() == 0, "parts are of equal size"
-    return functional.wait_tensor(functional.reduce_scatter_tensor(moved, "sum", 0, group)).movedim(0, dim)
+    return waited(functional.reduce_scatter_tensor(moved, "sum", 0, group)).movedim(0, dim)
 
 
 def exchange(x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
     """All-to-all of rows: `sent[r]` consecutive ones go to rank r, `received[r]` come from it."""
-    return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), received, sent, group))
+    return waited(functional.all_to_all_single(x.contiguous(), received, sent, group))
 
 
 class _Copy(torch.autograd.Function):

@@ -28,27 +28,26 @@ class ExpertAxes(NamedTuple):
 
     Attributes:
         mesh: with the axes ep and etp.
-        same_tokens: ranks of etp have the same tokens: tensor parallelism without sequence parallelism.
+        same_tokens: those of the two whose ranks have the same tokens: etp with tensor parallelism and no sequence
+            parallelism; both where all ranks continue one prompt.
     """
 
     mesh: DeviceMesh
-    same_tokens: bool
+    same_tokens: tuple[str, ...] = ()
 
     @property
     def experts(self) -> ProcessGroup:
         return self.mesh.get_group("ep")
 
-    @property
-    def width(self) -> ProcessGroup:
-        return self.mesh.get_group("etp")
+    def enter(self, x: Tensor, axis: str) -> Tensor:
+        """Rows of all ranks of an axis."""
+        group = self.mesh.get_group(axis)
+        return copy_to(x, group) if axis in self.same_tokens else gather_to(x, 0, group)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Rows of all ranks that share an expert's width."""
-        return copy_to(x, self.width) if self.same_tokens else gather_to(x, 0, self.width)
-
-    def leave(self, y: Tensor) -> Tensor:
-        """This rank's rows, from what each rank's width has to add to all."""
-        return reduce_from(y, self.width) if self.same_tokens else scatter_from(y, 0, self.width)
+    def leave(self, y: Tensor, axis: str) -> Tensor:
+        """This rank's rows, from what each rank of an axis has to add to all."""
+        group = self.mesh.get_group(axis)
+        return reduce_from(y, group) if axis in self.same_tokens else scatter_from(y, 0, group)
 
 
 class ParallelExpertGroup(ExpertGroup):
@@ -80,8 +79,7 @@ class ParallelMixture(MixtureOfExperts):
     def mix(self, x_TD: Tensor, probs_TE: Tensor) -> Tensor:
         """All experts on all tokens of the ranks that share them."""
         axes = self.axes
-        x_TD = gather_to(axes.enter(x_TD), 0, axes.experts)
-        probs_TE = gather_to(axes.enter(probs_TE), 0, axes.experts)
+        x_TD, probs_TE = (axes.enter(axes.enter(part, "etp"), "ep") for part in (x_TD, probs_TE))
         y_TD, first = None, 0
         for size, group in zip(self.group_sizes, self.groups, strict=True):
             assert isinstance(group, ParallelExpertGroup)
@@ -90,17 +88,18 @@ class ParallelMixture(MixtureOfExperts):
             y_TD = part if y_TD is None else y_TD + part
             first += size
         assert y_TD is not None
-        return axes.leave(scatter_from(y_TD, 0, axes.experts))
+        return axes.leave(axes.leave(y_TD, "ep"), "etp")
 
     def route(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """Each token through its own experts, wherever they are."""
         axes, (group,) = self.axes, self.groups
-        x_TD, weights_TK = axes.enter(x_TD), axes.enter(weights_TK)
-        if not axes.same_tokens:
-            indices_TK = gather_to(indices_TK, 0, axes.width)
+        x_TD, weights_TK = axes.enter(x_TD, "etp"), axes.enter(weights_TK, "etp")
+        if "etp" not in axes.same_tokens:
+            indices_TK = gather_to(indices_TK, 0, axes.mesh.get_group("etp"))
         assert isinstance(group, ParallelExpertGroup)
-        if axes.experts.size() == 1:
-            return axes.leave(group(x_TD, weights_TK, indices_TK))
+        if axes.experts.size() == 1 or "ep" in axes.same_tokens:
+            x_TD, weights_TK = axes.enter(x_TD, "ep"), axes.enter(weights_TK, "ep")
+            return axes.leave(axes.leave(group(x_TD, weights_TK, indices_TK - group.first), "ep"), "etp")
         experts_N, order_N = indices_TK.flatten().sort(stable=True)
         sent_E = torch.bincount(experts_N, minlength=self.group_sizes[0])
         received_E = torch.empty_like(sent_E)  # of each rank in turn, the rows for each expert here
@@ -113,7 +112,7 @@ class ParallelMixture(MixtureOfExperts):
         choice = torch.repeat_interleave(expert_of, received_E)[:, None]
         done = group(arrived, torch.ones_like(choice, dtype=x_TD.dtype), choice)
         y_ND = exchange_rows(done, sent, received, axes.experts) * weights_TK.flatten()[order_N][:, None]
-        return axes.leave(torch.zeros_like(x_TD).index_add(0, tokens_N, y_ND.to(x_TD.dtype)))
+        return axes.leave(torch.zeros_like(x_TD).index_add(0, tokens_N, y_ND.to(x_TD.dtype)), "etp")
 
 
 def apply_expert_parallel(model: Transformer, axes: ExpertAxes) -> None:

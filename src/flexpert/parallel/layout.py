@@ -50,10 +50,10 @@ def problem(layout: Layout, model: ModelConfig, group_sizes: tuple[int, ...], se
     tensor, etp, ep = layout.tensor, layout.expert_tensor, layout.expert
     if layout.num_ranks % tensor or layout.num_ranks % (ep * etp):
         return f"{layout.num_ranks} ranks do not divide into groups of {tensor} and of {ep} x {etp}"
-    if tensor > 1 and not layout.sequence and model.num_experts and (ep > 1 or etp != tensor):
+    if tensor > 1 and not layout.sequence and model.num_experts and etp != tensor:
         return (
             "tensor ranks hold the same tokens without parallel.sequence=true: with it, or with "
-            f"parallel.expert=1 parallel.expert_tensor={tensor}, no expert gets a token twice"
+            f"parallel.expert_tensor={tensor}, no expert gets a token twice"
         )
     if (ep > 1 or etp > 1) and not model.num_experts:
         return "a dense model has no experts to share"
@@ -71,6 +71,14 @@ def problem(layout: Layout, model: ModelConfig, group_sizes: tuple[int, ...], se
         if ways == etp and any(size % ep for size in group_sizes):
             return f"{model.num_experts} experts do not divide by parallel.expert={ep}"
     return None
+
+
+def for_inference(layout: Layout) -> Layout:
+    """The layout for a forward pass alone, of windows of any length: the positions are whole, and the ranks of a tensor
+    group share every expert's width."""
+    ways = layout.expert * layout.expert_tensor
+    expert = ways // layout.tensor if ways % layout.tensor == 0 else 1
+    return Layout(layout.num_ranks, layout.tensor, expert, layout.tensor)
 
 
 def width_ways(layout: Layout, group_sizes: tuple[int, ...]) -> int:

@@ -1,6 +1,7 @@
 """What a training step asks about the other processes; alone, every answer is the plain one."""
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from flexpert.model.loss import Vocabulary
 from flexpert.parallel.collectives import all_reduce
 from flexpert.parallel.mesh import Meshes
 from flexpert.parallel.tensor import ShardedVocabulary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,25 @@ class Ranks:
             value = all_reduce(value, self.meshes.dense.get_group("tp"))
         return value
 
+    def collect(self, found: dict[int, T]) -> dict[int, T]:
+        """What ranks with other sequences have found, together."""
+        if self.meshes is None:
+            return found
+        group = self.meshes.dense.get_group("dp")
+        parts: list[dict[int, T]] = [{} for _ in range(group.size())]
+        dist.all_gather_object(parts, found, group=group)
+        return {key: value for part in parts for key, value in part.items()}
+
     def largest(self, value: int, device: torch.device) -> int:
         if self.meshes is None:
             return value
         held = torch.tensor(value, device=device)
         dist.all_reduce(held, dist.ReduceOp.MAX)
         return int(held)
+
+
+#: One process.
+ALONE = Ranks()
 
 
 @torch.no_grad()

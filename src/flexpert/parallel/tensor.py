@@ -26,7 +26,7 @@ from flexpert.model.moe import FeedForward
 from flexpert.model.norm import RMSNorm
 from flexpert.model.router import Router
 from flexpert.model.transformer import Hidden, Transformer
-from flexpert.parallel.collectives import all_reduce, copy_to, gather_to, reduce_from, scatter_from
+from flexpert.parallel.collectives import all_gather, all_reduce, copy_to, gather_to, reduce_from, scatter_from
 
 SEQUENCE_DIM = 1
 
@@ -145,6 +145,12 @@ class ParallelTransformer(Transformer):
         hidden = super().forward(tokens_BS, document_ids_BS, caches)
         return hidden._replace(stream_BSD=self.axis.enter(hidden.stream_BSD))
 
+    def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
+        """Of this rank's heads."""
+        weight, config = local(self.head.weight), self.config
+        shape = (batch, config.kv_heads // self.axis.group.size(), capacity, config.head_dim)
+        return [KeyValueCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.num_layers)]
+
 
 class ShardedVocabulary(Vocabulary):
     """The head's rows of this rank, `first` being the first."""
@@ -153,12 +159,15 @@ class ShardedVocabulary(Vocabulary):
         self.first, self.group = first, group
 
     def logsumexp(self, local_T: Tensor) -> Tensor:
-        parts = [torch.empty_like(local_T) for _ in range(self.group.size())]
-        torch.distributed.all_gather(parts, local_T.contiguous(), group=self.group)
-        return torch.stack(parts).logsumexp(0)
+        return all_gather(local_T[None], 0, self.group).logsumexp(0)
 
     def sum(self, local_T: Tensor) -> Tensor:
         return all_reduce(local_T, self.group)
+
+    def argmax(self, local_TV: Tensor) -> Tensor:
+        values_T, tokens_T = local_TV.max(1)
+        values_RT, tokens_RT = (all_gather(part[None], 0, self.group) for part in (values_T, tokens_T + self.first))
+        return tokens_RT.gather(0, values_RT.argmax(0, keepdim=True))[0]
 
 
 def become(module: nn.Module, kind: type[nn.Module], axis: TensorAxis) -> None:

@@ -18,6 +18,7 @@ from flexpert.monitor.devices import peak_flops
 from flexpert.monitor.jsonl import MetricsLog
 from flexpert.monitor.progress import TrainingProgress
 from flexpert.monitor.wandb import WandbRun, wandb_mode
+from flexpert.parallel.apply import reshard
 from flexpert.parallel.process import is_first, num_ranks
 from flexpert.stage import comparable
 from flexpert.train.compilation import eagerly
@@ -66,6 +67,7 @@ class ValidLoss(Callback):
                     sequences = torch.where(sequences < 0, sequences, ~sequences)
                 sums[0] += trainer.losses(sequences).nll
                 sums[1] += (sequences[:, 1:] >= 0).sum()  # a negative id marks one that is not predicted
+        reshard(trainer.model)
         total, num_targets = trainer.ranks.sum(sums).tolist()
         row["valid_loss"] = total / num_targets if num_targets else math.nan
 

@@ -22,7 +22,7 @@ from flexpert.lock import exclusive
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.process import is_first, on_first
-from flexpert.parallel.ranks import Ranks, clip_gradients
+from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
 from flexpert.parallel.tensor import local
 from flexpert.train.callbacks import Callback, Checkpoints, Records, Utilisation, ValidLoss, diagnostics
 from flexpert.train.compilation import compiled, compiles
@@ -30,8 +30,6 @@ from flexpert.train.optimizer import build_optimizer, project_biases, set_learni
 
 #: Steps in a row without a finite loss and gradient after which a run stops.
 MAX_SKIPPED = 20
-
-ALONE = Ranks()
 
 
 class Losses(NamedTuple):
