@@ -10,7 +10,9 @@ from flexpert.errors import UserError
 from flexpert.records import write_atomic
 
 #: Keys that may change when a stage is started again in its directory: they do not change what it writes.
-FREE_KEYS = ("monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "device")
+FREE_KEYS = (
+    "monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "device", "train.recompute"
+)  # fmt: skip
 
 #: Changed keys that a message spells out.
 NAMED_CHANGES = 3
@@ -25,7 +27,9 @@ def comparable(resolved: str) -> dict[str, Any]:
         return {key: leaf for name, value in node.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
 
     return {
-        key: value for key, value in flatten(yaml.safe_load(resolved), "").items() if key.split(".")[0] not in FREE_KEYS
+        key: value
+        for key, value in flatten(yaml.safe_load(resolved), "").items()
+        if key not in FREE_KEYS and key.split(".")[0] not in FREE_KEYS
     }
 
 

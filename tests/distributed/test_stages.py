@@ -88,6 +88,24 @@ def test_pretraining_in_several_processes_equals_pretraining_in_one(road: Path, 
     check_equal(tmp_path / "together", tmp_path / "alone", "model/model.safetensors")
 
 
+@pytest.mark.parametrize("keys", [["train.recompute=selective"], ["train.recompute=full", "train.compile=true"]])
+def test_blocks_that_compute_again_or_are_compiled_train_alike_in_several_processes(
+    road: Path, assembled: Path, tmp_path: Path, keys: list[str]
+) -> None:
+    """2 of 4 experts, whose rows take the way to other processes and back."""
+    number, layout = MIXTURE_LAYOUTS["tensor 2, expert 2, sequence"]
+    common = [
+        f"model={assembled}",
+        f"data.dir={road}/data/letters",
+        "active_experts=2",
+        "train.steps=3",
+        "train.microbatch_sequences=2",
+    ]
+    train("tune_router", *common, f"output_dir={tmp_path}/alone")
+    run_ranks(train, number, "tune_router", *common, *layout, *keys, f"output_dir={tmp_path}/together")
+    check_equal(tmp_path / "together", tmp_path / "alone", "model/router.safetensors")
+
+
 @pytest.mark.parametrize("layout", JOB_LAYOUTS)
 def test_an_expert_trained_in_several_processes_equals_one_trained_in_one(
     road: Path, expert_overrides: list[str], tmp_path: Path, layout: str

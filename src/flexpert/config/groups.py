@@ -230,7 +230,14 @@ class TrainConfig(Lockable):
         "operations on a CPU, 1e17 on a GPU) and there is a C++ compiler, for a GPU Triton",
     )
 
+    recompute: str = opt(
+        "none",
+        "what the backward pass computes again, to hold less: none; selective: all but products, attention and "
+        "collectives; full: all of a block but its input",
+    )
+
     def check(self) -> None:
+        check_choice("train.recompute", self.recompute, ("none", "selective", "full"))
         check_choice("train.compile", self.compile, ("auto", "true", "false"))
         check_positive("train", self, "steps", "tokens", "batch_tokens", "sequence_length", "microbatch_sequences")
         check_positive("train", self, "loss_chunk_tokens", "evaluation_interval", "evaluation_sequences")

@@ -2,12 +2,12 @@
 
     1. tensor       dense modules become parallel ones, weights DTensors over tp          (parallel/tensor.py)
     2. expert       experts are shared out over ep and etp                                (parallel/expert.py)
-    3. checkpoint   blocks forget activations and compute them again
-    4. compile      blocks go through the compiler
+    3. recompute    blocks forget activations and compute them again                      (parallel/recompute.py)
+    4. compile      blocks go through the compiler                                        (train/compilation.py)
     5. shard        parameters, gradients and optimiser state over dp, experts' over edp  (fully_shard)
 
-Step 4 comes after 3, so that what is compiled is the block as it will run, and before 5, whose gathering and scattering
-stay outside of what is compiled. In one process there are steps 3 and 4 alone.
+Steps 3 and 4 are the training loop's, in one process, too. They wrap a block's `forward`, 4 what 3 made of it; what 5
+hooks around the block, gathering and scattering, stays outside of both, whenever it is put on.
 
 The model arrives on the meta device and leaves with memory for this rank's part alone, to be filled by
 `checkpoint.huggingface.fill` or `model.transformer.initialise`.
@@ -117,7 +117,7 @@ def put_for_inference(model: Transformer, ranks: Ranks, device: torch.device, on
 
 
 def apply_parallel(model: Transformer, meshes: Meshes, compute: torch.dtype) -> None:
-    """Steps 1, 2 and 5 (3 and 4 are the caller's settings, between them).
+    """Steps 1, 2 and 5.
 
     Args:
         model: on the meta device, `requires_grad` set as it shall be trained.

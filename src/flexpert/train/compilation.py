@@ -51,19 +51,23 @@ def compiler_problem(device: torch.device) -> str | None:
 def compile_blocks(model: Transformer) -> None:
     """In place, in the first forward pass; parameters keep their names. Blocks of one kind share what is compiled."""
     for block in model.blocks:
-        block.compile(dynamic=False)
+        # Not the block itself: what `fully_shard` hooks to it, gathering and scattering, stays outside.
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 @contextlib.contextmanager
 def compiled(model: Transformer, wanted: bool) -> Iterator[None]:
     """The model with compiled blocks, if `wanted`; as it was, afterwards."""
+    before = [block.__dict__.get("forward") for block in model.blocks]
     if wanted:
         compile_blocks(model)
     try:
         yield
     finally:
-        for block in model.blocks:
-            block._compiled_call_impl = None  # what `Module.compile` sets; there is no public way back
+        for block, forward in zip(model.blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def eagerly(is_compiled: bool) -> contextlib.AbstractContextManager[object]:

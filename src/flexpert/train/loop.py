@@ -23,6 +23,7 @@ from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.process import is_first, on_first
 from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
+from flexpert.parallel.recompute import recompute_blocks
 from flexpert.parallel.tensor import local
 from flexpert.train.callbacks import Callback, Checkpoints, Records, Utilisation, ValidLoss, diagnostics
 from flexpert.train.compilation import compiled, compiles
@@ -83,8 +84,8 @@ class Trainer:
         self.prefetch = Prefetch(
             self.windows, config.train.batch_sequences, self.num_steps, device.type == "cuda", ranks.share
         )
-        # Blocks that are sharded already are not compiled: the compiler would meet `fully_shard`'s hooks.
-        self.compiled = ranks.meshes is None and compiles(config.train, model, device)
+        recompute_blocks(model, config.train.recompute)
+        self.compiled = compiles(config.train, model, device)
         self.inputs = {"data": manifest.digest, **mixture_digests(config.data), **(inputs or {})}
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
