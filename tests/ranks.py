@@ -9,6 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import megatron.core.parallel_state  # noqa: F401 (seconds, which every rank would spend on its own)
 import torch
 import torch.distributed as dist
 

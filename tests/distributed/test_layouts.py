@@ -1,6 +1,8 @@
 """One table of layouts against one process: the same loss and the same gradient of every parameter."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,22 +11,25 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from flexpert.checkpoint.huggingface import save_model
 from flexpert.checkpoint.sharding import local_part
-from flexpert.config.groups import ModelConfig
+from flexpert.config.groups import ModelConfig, OptimConfig
+from flexpert.data.tokenizer import Tokenizer, train_tokenizer
 from flexpert.errors import UserError
-from flexpert.model.loss import chunked_nll, router_z_sum
+from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer, build_on_meta
 from flexpert.parallel.apply import apply_parallel
 from flexpert.parallel.layout import Layout, check_layout, problem
 from flexpert.parallel.mesh import Meshes, build_meshes
 from flexpert.parallel.ranks import Ranks, clip_gradients
 from flexpert.parallel.tensor import local
+from flexpert.train.optimizer import build_optimizer
 
 SHAPE = {
     "hidden_size": 16, "num_layers": 2, "num_heads": 4, "intermediate_size": 24, "vocab_size": 32,
     "max_sequence_length": 16,
 }  # fmt: skip
-MAX_NORM = 0.5
+MAX_NORM = 0.25
 OWN = (".groups.1.", ".router.weight.1", ".router.bias.1")
 
 
@@ -43,12 +48,16 @@ KINDS = {
     "2 of 4": Kind(ModelConfig(**SHAPE, num_experts=4, active_experts=2, router_bias=True)),
     "expert job": Kind(ModelConfig(**SHAPE, num_experts=2, active_experts=2, router_bias=True), (1, 1), OWN),
 }
-DENSE = [Layout(2), Layout(2, 2), Layout(2, 2, sequence=True), Layout(4, 2, sequence=True), Layout(4, 4)]
+DENSE = [
+    Layout(2), Layout(2, 2), Layout(2, 2, sequence=True), Layout(4, 2, sequence=True), Layout(4, 4),
+    Layout(4, replicas=2), Layout(4, 2, replicas=2),
+]  # fmt: skip
 MIXED = [
     Layout(2), Layout(2, expert=2), Layout(2, expert_tensor=2), Layout(2, 2, expert_tensor=2),
     Layout(2, 2, expert_tensor=2, sequence=True), Layout(2, 2, expert=2, sequence=True), Layout(2, 2, sequence=True),
     Layout(4, expert=2), Layout(4, 2, expert=2, sequence=True), Layout(4, expert=2, expert_tensor=2),
     Layout(4, 2, expert=2, expert_tensor=2, sequence=True), Layout(4, 2, expert_tensor=2), Layout(4, expert=4),
+    Layout(4, 2, expert=2, expert_tensor=2), Layout(4, expert=2, replicas=2),
 ]  # fmt: skip
 CASES = [("dense", layout) for layout in DENSE] + [(kind, layout) for kind in [*KINDS][1:] for layout in MIXED]
 
@@ -76,39 +85,86 @@ def build(kind: Kind, meshes: Meshes | None = None, compute: torch.dtype = torch
 
 def losses(model: Transformer, sequences: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """The sum over this rank's sequences to differentiate, and all ranks' two parts of it, [2]."""
-    hidden, weight_VD = model(sequences[:, :-1]), local(model.head.weight)
-    targets_T = sequences[:, 1:].flatten()
+    tokens_BS = torch.where(sequences < 0, ~sequences, sequences)[:, :-1]
+    hidden, weight_VD = model(tokens_BS), local(model.head.weight)
+    targets_T = torch.where(sequences[:, 1:] < 0, IGNORE, sequences[:, 1:]).flatten()
     vocabulary = ranks.vocabulary(len(weight_VD))
     nll_T, lse_T = chunked_nll(hidden.stream_BSD.flatten(0, 1), weight_VD, targets_T, 7, vocabulary)
     text = nll_T.sum() + 1e-2 * lse_T.square().sum()
-    counted_T = ranks.own_positions(sequences[:, 1:] % 3 > 0).flatten()  # as where some targets do not count
+    counted_T = ranks.own_positions(sequences[:, 1:] >= 0).flatten()
     router = 1e-2 * router_z_sum(hidden.routings, counted_T) if hidden.routings else text.new_zeros(())
     parts = ranks.sum(text.detach()), ranks.sum(router.detach(), of_positions=True)
     return text + router, torch.stack(parts)
 
 
-def gradients(kind: Kind, layout: Layout, sequences: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The losses; the norm of all gradients; each, clipped, put together from all ranks."""
-    meshes = build_meshes(layout, torch.device("cpu"))
-    model, ranks = build(kind, meshes), Ranks(meshes)
-    index, number = ranks.share
-    total, parts = losses(model, sequences[index::number], ranks)
-    total.backward()  # type: ignore[no-untyped-call]
-    norm = clip_gradients([p for p in model.parameters() if p.requires_grad], MAX_NORM)
+def put_together(parameters: dict[str, Tensor], num_ranks: int) -> dict[str, Tensor]:
+    """Every parameter whole, by hand, from what `local_part` says of each rank."""
     found = {}
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        assert (parameter.grad is not None) == parameter.requires_grad
-        if parameter.grad is not None:
-            # Put together by hand, from what `local_part` says of each rank.
-            part, place = parameter.grad.to_local(), local_part(parameter)[1]
-            held: list[tuple[Tensor, tuple[slice, ...]]] = [None] * layout.num_ranks  # type: ignore[list-item]
-            dist.all_gather_object(held, (part, place))
-            whole = torch.full(parameter.shape, torch.nan)
-            for value, where in held:
-                whole[where] = value
-            found[name] = whole
-    return parts, norm, found
+    for name, parameter in parameters.items():
+        held: list[tuple[Tensor, tuple[slice, ...]]] = [None] * num_ranks  # type: ignore[list-item]
+        part, place = local_part(parameter)
+        dist.all_gather_object(held, (part.detach(), place))
+        found[name] = torch.full(parameter.shape, torch.nan)
+        for value, where in held:
+            found[name][where] = value
+    return found
+
+
+class Course(NamedTuple):
+    """What training does: at every step the parts of the loss and the norm of the gradient; the first step's gradients,
+    clipped; the parameters at the end."""
+
+    parts: list[Tensor]
+    norms: list[Tensor]
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def train(model: Transformer, ranks: Ranks, num_ranks: int = 1) -> Course:
+    """Five steps of AdamW; each accumulates over two microbatches, whose ranks have unequal numbers of targets."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(model, OptimConfig())
+    index, number = ranks.share
+    generator = torch.Generator().manual_seed(0)
+    course = Course([], [], {}, {})
+    for _ in range(5):
+        sequences = torch.randint(0, 32, (8, 9), generator=generator)
+        lengths = torch.randint(2, 10, (8, 1), generator=generator)
+        sequences = torch.where(torch.arange(9) < lengths, sequences, ~sequences)  # negative: not predicted
+        num_targets = int((sequences[:, 1:] >= 0).sum())
+        own, step_parts = sequences[index::number], torch.zeros(2)
+        for microbatch in own.chunk(2):
+            total, parts = losses(model, microbatch, ranks)
+            (total / num_targets).backward()  # type: ignore[no-untyped-call]
+            step_parts += parts
+        course.parts.append(step_parts)
+        course.norms.append(clip_gradients(list(trained.values()), MAX_NORM))
+        if not course.gradients:
+            gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+            assert gradients.keys() == trained.keys()
+            course.gradients.update(put_together(gradients, num_ranks) if num_ranks > 1 else gradients)
+            course.gradients.update({name: value.clone() for name, value in course.gradients.items()})
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        optimizer.step()
+        optimizer.zero_grad()
+    course.parameters.update(put_together(trained, num_ranks) if num_ranks > 1 else trained)
+    return course
+
+
+def on_ranks(kind: Kind, layout: Layout, folder: Path | None, tokenizer: Tokenizer) -> Course:
+    """The model is written before it is trained."""
+    meshes = build_meshes(layout, torch.device("cpu"))
+    model = build(kind, meshes)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if folder is not None:
+        write(model, folder, tokenizer)
+    return train(model, Ranks(meshes), layout.num_ranks)
+
+
+def write(model: Transformer, folder: Path, tokenizer: Tokenizer) -> None:
+    folder.mkdir(exist_ok=True)
+    save_model(model, folder, tokenizer, torch.float32, max_file_bytes=8000)
 
 
 BAD = [
@@ -116,6 +172,7 @@ BAD = [
     (KINDS["dense"], Layout(8, 8), "4 attention heads do not divide by parallel.tensor=8"),
     (KINDS["dense"], Layout(2, expert=2), "a dense model has no experts to share"),
     (KINDS["2 of 4"], Layout(4, 2, expert=2), "parallel.sequence=true"),
+    (KINDS["dense"], Layout(6, replicas=4), "6 data ranks do not divide by parallel.replicas=4"),
     (KINDS["2 of 4"], Layout(8, expert=8), "4 experts do not divide by parallel.expert=8"),
     (KINDS["2 of 4"], Layout(16, expert_tensor=16), "width of 24 does not divide by 16 ranks"),
     (KINDS["2 of 4"], Layout(4, 4, expert_tensor=4, sequence=True), "9 positions do not divide by parallel.tensor=4"),
@@ -141,18 +198,41 @@ def layout_numbers(text: str) -> tuple[int, int, int, int, bool]:
     return tensor * data, tensor, int(words["expert"]), int(words["expert_tensor"]), words["sequence"] == "true"
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(["a few words"] * 3, 270, tmp_path_factory.mktemp("tokenizer") / "bpe")
+
+
+@pytest.fixture(scope="module")
+def alone(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Course, Path | None]]:
+    """Every kind in one process, and the file that it was written to."""
+    courses: dict[str, tuple[Course, Path | None]] = {}
+    for name, kind in KINDS.items():
+        model, folder = build(kind), tmp_path_factory.mktemp("model") if kind.group_sizes is None else None
+        if folder is not None:
+            write(model, folder, tokenizer)
+        courses[name] = train(model, Ranks()), folder
+    return courses
+
+
+def check_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
 @pytest.mark.parametrize(("kind", "layout"), CASES, ids=[f"{kind}: {layout}" for kind, layout in CASES])
-def test_every_layout_has_the_gradients_of_one_process(kind: str, layout: Layout) -> None:
-    sequences = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(0))
-    alone = build(KINDS[kind])
-    total, parts = losses(alone, sequences, Ranks())
-    total.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), MAX_NORM)
-    assert norm > 2 * MAX_NORM, "it is clipped"
-    wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-    for found_parts, found_norm, found in run_ranks(gradients, layout.num_ranks, KINDS[kind], layout, sequences):
-        torch.testing.assert_close(found_parts, parts, rtol=1e-5, atol=0)
-        torch.testing.assert_close(found_norm, norm, rtol=1e-5, atol=0)
-        assert found.keys() == wanted.keys()
-        for name, gradient in wanted.items():
-            assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+def test_every_layout_trains_as_one_process(
+    kind: str, layout: Layout, alone: dict[str, tuple[Course, Path | None]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    wanted, folder = alone[kind]
+    assert min(wanted.norms) > 2 * MAX_NORM, "they are clipped"
+    written = None if folder is None else tmp_path / "model"
+    for course in run_ranks(on_ranks, layout.num_ranks, KINDS[kind], layout, written, tokenizer):
+        torch.testing.assert_close(course.parts, wanted.parts, rtol=1e-5, atol=0)
+        torch.testing.assert_close(course.norms, wanted.norms, rtol=1e-5, atol=0)
+        check_close(course.gradients, wanted.gradients)
+        check_close(course.parameters, wanted.parameters)
+    if folder is not None and written is not None:
+        for path in folder.iterdir():
+            assert (written / path.name).read_bytes() == path.read_bytes(), path.name

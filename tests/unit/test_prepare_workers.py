@@ -170,11 +170,11 @@ def runs(process_id: int) -> bool:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_what_started_them(sent: signal.Signals, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(LINES * 1000)
+    (tmp_path / "a.jsonl").write_bytes(LINES * 5000)  # a minute's work
     words = ["prepare", f"data.documents={tmp_path}/a.jsonl", f"tokenizer={tokenizer.directory}",
              "parallel.num_workers=2", f"output_dir={tmp_path}/out"]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "flexpert", *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(children(process.pid)) < 3 and time.monotonic() < deadline:  # two workers and their resource tracker
         time.sleep(0.05)
     workers = children(process.pid)

@@ -140,8 +140,10 @@ class ParallelConfig(Lockable):
     expert_tensor: int | None = opt(None, "processes that share each expert's FFN width; null: as tensor")
     data: int = opt(-1, "processes, or tensor groups, with other sequences, which share optimiser state; -1: the rest")
 
+    replicas: int = opt(1, "copies of the sharded state (hybrid sharding), as one on each node; 1: none but the shards")
+
     def check(self) -> None:
-        check_positive("parallel", self, "threads", "tensor", "expert", "expert_tensor")
+        check_positive("parallel", self, "threads", "tensor", "expert", "expert_tensor", "replicas")
         require(self.data == -1 or self.data > 0, f"parallel.data={self.data} must be positive, or -1 for the rest")
 
 

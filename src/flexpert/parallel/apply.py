@@ -41,7 +41,8 @@ def layout_of(config: ParallelConfig, is_mixture: bool) -> Layout:
         UserError: they are for another number of processes.
     """
     width = config.expert_tensor or (config.tensor if is_mixture else 1)
-    layout = Layout(num_ranks(), config.tensor, config.expert, width, config.sequence and config.tensor > 1)
+    sequence = config.sequence and config.tensor > 1
+    layout = Layout(num_ranks(), config.tensor, config.expert, width, sequence, config.replicas)
     if config.data not in (-1, layout.data):
         raise UserError(
             f"parallel.data={config.data} x parallel.tensor={config.tensor} are not the {layout.num_ranks} processes: "
@@ -109,7 +110,8 @@ def put_for_inference(model: Transformer, ranks: Ranks, device: torch.device, on
     if ranks.meshes is not None:
         layout, experts = ranks.meshes.layout, model.config.num_experts
         held = layout if experts else replace(layout, expert=1, expert_tensor=1)
-        check_layout(held, model.config, (experts,), model.config.max_sequence_length)
+        group_sizes = (experts,) if experts % layout.expert == 0 else (1,) * experts  # as when one was excluded
+        check_layout(held, model.config, group_sizes, model.config.max_sequence_length)
         split_model(model, ranks.meshes, one_batch)
         if not one_batch:
             shard_data(model, ranks.meshes)
@@ -160,11 +162,11 @@ def shard_data(model: Transformer, meshes: Meshes, compute: torch.dtype | None =
     """
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    dense, experts = meshes.dense["dp"], meshes.experts["edp"]
+    dense, experts = meshes.over_data(meshes.dense, "dp"), meshes.over_data(meshes.experts, "edp")
     sharded: list[nn.Module] = []
 
     def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement(mesh.size()))
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement(mesh.size(-1)))
         sharded.append(module)
 
     for block in model.blocks:

@@ -91,14 +91,15 @@ class ParallelMixture(MixtureOfExperts):
         return axes.leave(axes.leave(y_TD, "ep"), "etp")
 
     def route(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """Each token through its own experts, wherever they are."""
+        """Each token through its own experts, wherever they are; where every rank has a part of all, it goes to all."""
         axes, (group,) = self.axes, self.groups
-        x_TD, weights_TK = axes.enter(x_TD, "etp"), axes.enter(weights_TK, "etp")
-        if "etp" not in axes.same_tokens:
-            indices_TK = gather_to(indices_TK, 0, axes.mesh.get_group("etp"))
         assert isinstance(group, ParallelExpertGroup)
-        if axes.experts.size() == 1 or "ep" in axes.same_tokens:
-            x_TD, weights_TK = axes.enter(x_TD, "ep"), axes.enter(weights_TK, "ep")
+        together = axes.experts.size() == 1 or "ep" in axes.same_tokens or group.num_experts == self.group_sizes[0]
+        for axis in ("etp", "ep") if together else ("etp",):
+            x_TD, weights_TK = axes.enter(x_TD, axis), axes.enter(weights_TK, axis)
+            if axis not in axes.same_tokens:
+                indices_TK = gather_to(indices_TK, 0, axes.mesh.get_group(axis))
+        if together:
             return axes.leave(axes.leave(group(x_TD, weights_TK, indices_TK - group.first), "ep"), "etp")
         experts_N, order_N = indices_TK.flatten().sort(stable=True)
         sent_E = torch.bincount(experts_N, minlength=self.group_sizes[0])
@@ -118,12 +119,12 @@ class ParallelMixture(MixtureOfExperts):
 def apply_expert_parallel(model: Transformer, axes: ExpertAxes) -> None:
     """Share out the experts of a model on the meta device.
 
-    A group of whole experts is split by expert over `ep` and by width over `etp`. An expert job's groups of one are
-    split by width over both.
+    A group is split by expert over `ep` and by width over `etp`. An expert job's groups of one, and a group whose
+    experts `ep` does not divide, are split by width over both.
     """
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            by_expert = len(module.group_sizes) == 1
+            by_expert = len(module.group_sizes) == 1 and module.group_sizes[0] % axes.experts.size() == 0
             for size, group in zip(module.group_sizes, module.groups, strict=True):
                 distribute(group, "gate_up", axes.mesh, [Shard(0) if by_expert else Shard(2), Shard(2)])
                 distribute(group, "down", axes.mesh, [Shard(0) if by_expert else Shard(2), Shard(2)])

@@ -21,6 +21,7 @@ class Layout:
         expert: ranks that share the experts.
         expert_tensor: ranks that share each expert's FFN width.
         sequence: ranks of a tensor group share the positions of the residual stream, too.
+        replicas: copies of all parameters and optimiser state (hybrid sharding), each on as many consecutive ranks.
     """
 
     num_ranks: int
@@ -28,19 +29,21 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     sequence: bool = False
+    replicas: int = 1
 
     @property
     def data(self) -> int:
-        """Ranks with other sequences, which share the dense part's parameters and optimiser state."""
+        """Ranks with other sequences, which share the dense part's parameters and optimiser state, or hold copies."""
         return self.num_ranks // self.tensor
 
     @property
     def expert_data(self) -> int:
-        """Ranks that share an expert's parameters and optimiser state."""
+        """Ranks that share an expert's parameters and optimiser state, or hold copies."""
         return self.num_ranks // (self.expert * self.expert_tensor)
 
     def __str__(self) -> str:
         parts = {"tensor": self.tensor, "expert": self.expert, "expert_tensor": self.expert_tensor, "data": self.data}
+        parts |= {"replicas": self.replicas} if self.replicas > 1 else {}
         words = [f"parallel.{name}={number}" for name, number in parts.items()]
         return " ".join([*words, f"parallel.sequence={str(self.sequence).lower()}"])
 
@@ -50,6 +53,9 @@ def problem(layout: Layout, model: ModelConfig, group_sizes: tuple[int, ...], se
     tensor, etp, ep = layout.tensor, layout.expert_tensor, layout.expert
     if layout.num_ranks % tensor or layout.num_ranks % (ep * etp):
         return f"{layout.num_ranks} ranks do not divide into groups of {tensor} and of {ep} x {etp}"
+    for noun, number in (("data ranks", layout.data), ("data ranks of an expert", layout.expert_data)):
+        if number % layout.replicas:
+            return f"{number} {noun} do not divide by parallel.replicas={layout.replicas}"
     if tensor > 1 and not layout.sequence and model.num_experts and etp != tensor:
         return (
             "tensor ranks hold the same tokens without parallel.sequence=true: with it, or with "
@@ -98,7 +104,7 @@ def check_layout(layout: Layout, model: ModelConfig, group_sizes: tuple[int, ...
     sizes = [size for size in range(1, layout.num_ranks + 1) if layout.num_ranks % size == 0]
     shares = sizes if model.num_experts else [1]
     options = [
-        Layout(layout.num_ranks, *numbers, sequence)
+        Layout(layout.num_ranks, *numbers, sequence, layout.replicas if layout.num_ranks % layout.replicas == 0 else 1)
         for numbers in itertools.product(sizes, shares, shares)
         for sequence in ([False, True] if numbers[0] > 1 else [False])
     ]

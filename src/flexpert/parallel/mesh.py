@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from flexpert.parallel.layout import Layout
@@ -16,11 +17,24 @@ from flexpert.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Meshes:
-    """The meshes of a layout; `dense` has the axes dp and tp, `experts` edp, ep and etp."""
+    """The meshes of a layout.
+
+    Attributes:
+        dense: with the axes dp and tp.
+        experts: with the axes edp, ep and etp.
+        data: all ranks with other sequences and the same part of the dense model.
+
+    Where there are replicas, both meshes begin with an axis `replica`, and dp and edp are the ranks of one.
+    """
 
     layout: Layout
     dense: DeviceMesh
     experts: DeviceMesh
+    data: ProcessGroup
+
+    def over_data(self, mesh: DeviceMesh, axis: str) -> DeviceMesh:
+        """What `fully_shard` works on: the axis, and that of the replicas."""
+        return mesh["replica", axis] if self.layout.replicas > 1 else mesh[axis]
 
 
 def build_meshes(layout: Layout, device: torch.device) -> Meshes:
@@ -29,8 +43,8 @@ def build_meshes(layout: Layout, device: torch.device) -> Meshes:
 
 
 @functools.cache
-def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, DeviceMesh]:
-    """The dense and the expert mesh, over megatron-core's groups."""
+def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, DeviceMesh, ProcessGroup]:
+    """The dense and the expert mesh and the data group, over megatron-core's groups; only replicas have their own."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -39,9 +53,15 @@ def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, Device
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
     )
-    ranks = torch.arange(layout.num_ranks)
+    ranks, data = torch.arange(layout.num_ranks), parallel_state.get_data_parallel_group()
+    if layout.replicas > 1:
+        shape = (layout.replicas, layout.data // layout.replicas, layout.tensor)
+        dense = DeviceMesh(device_type, ranks.view(shape), mesh_dim_names=("replica", "dp", "tp"))
+        shape_E = (layout.replicas, layout.expert_data // layout.replicas, layout.expert, layout.expert_tensor)
+        experts = DeviceMesh(device_type, ranks.view(shape_E), mesh_dim_names=("replica", "edp", "ep", "etp"))
+        return dense, experts, data
     dense = DeviceMesh.from_group(
-        [parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()],
+        [data, parallel_state.get_tensor_model_parallel_group()],
         device_type,
         ranks.view(layout.data, layout.tensor),
         mesh_dim_names=("dp", "tp"),
@@ -62,4 +82,4 @@ def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, Device
         for dim in range(mesh.ndim):
             index = tuple(slice(None) if other == dim else at for other, at in enumerate(coordinate))
             assert dist.get_process_group_ranks(mesh.get_group(dim)) == mesh.mesh[index].tolist()
-    return dense, experts
+    return dense, experts, data

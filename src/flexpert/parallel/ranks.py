@@ -25,7 +25,7 @@ class Ranks:
     @property
     def share(self) -> tuple[int, int]:
         """This rank's place among those with other sequences, and how many there are."""
-        return (0, 1) if self.meshes is None else (self.meshes.dense.get_local_rank("dp"), self.meshes.layout.data)
+        return (0, 1) if self.meshes is None else (self.meshes.data.rank(), self.meshes.layout.data)
 
     def without_sequence(self) -> "Ranks":
         """The same, where every rank sees all positions."""
@@ -50,7 +50,7 @@ class Ranks:
         """Over all sequences; `of_positions`: what each rank has counted of its own positions."""
         if self.meshes is None:
             return value
-        value = all_reduce(value, self.meshes.dense.get_group("dp"))
+        value = all_reduce(value, self.meshes.data)
         if of_positions and self.meshes.layout.sequence:
             value = all_reduce(value, self.meshes.dense.get_group("tp"))
         return value
@@ -59,9 +59,8 @@ class Ranks:
         """What ranks with other sequences have found, together."""
         if self.meshes is None:
             return found
-        group = self.meshes.dense.get_group("dp")
-        parts: list[dict[int, T]] = [{} for _ in range(group.size())]
-        dist.all_gather_object(parts, found, group=group)
+        parts: list[dict[int, T]] = [{} for _ in range(self.meshes.data.size())]
+        dist.all_gather_object(parts, found, group=self.meshes.data)
         return {key: value for part in parts for key, value in part.items()}
 
     def largest(self, value: int, device: torch.device) -> int:
