@@ -9,6 +9,11 @@ from flexpert.cli import run_stage
 from flexpert.data.indexed import IndexedWriter
 from flexpert.data.tokenizer import train_tokenizer
 
+#: A training stage at toy size.
+TOY = [
+    "train.steps=6", "train.batch_tokens=128", "train.sequence_length=16", "optim.lr=1e-2", "optim.warmup_steps=2",
+    "train.microbatch_sequences=8", "monitor.wandb=off", "checkpoint.interval=2", "checkpoint.keep=10",
+]  # fmt: skip
 SHAPE = ["model.hidden_size=24", "model.num_layers=2", "model.num_heads=2", "model.intermediate_size=40"]
 
 
@@ -39,9 +44,10 @@ def write_data_sets(root: Path, words: dict[str, list[str]]) -> None:
 
 def train(stage: str, *overrides: str) -> None:
     """A training stage at toy size; later overrides win."""
-    defaults = [
-        "train.steps=6", "train.batch_tokens=128", "train.sequence_length=16", "optim.lr=1e-2", "optim.warmup_steps=2",
-        "train.microbatch_sequences=8", "monitor.wandb=off", "checkpoint.interval=2", "checkpoint.keep=10",
-    ]  # fmt: skip
+    run_stage(stage, with_toy(*overrides))
+
+
+def with_toy(*overrides: str) -> list[str]:
+    """These overrides, and those of `TOY` that they do not replace."""
     given = {override.split("=")[0] for override in overrides}
-    run_stage(stage, [*(d for d in defaults if d.split("=")[0] not in given), *overrides])
+    return [*(d for d in TOY if d.split("=")[0] not in given), *overrides]

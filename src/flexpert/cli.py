@@ -8,6 +8,7 @@ from types import FrameType
 
 from flexpert import __version__
 from flexpert.errors import UserError
+from flexpert.parallel.environment import LOCAL_RANK, adopt_slurm, is_first, num_ranks
 
 #: Stage → (module:function that runs it on `(config, resolved_yaml)`, what it does).
 STAGES = {
@@ -28,7 +29,7 @@ STAGES = {
 
 GOES_ON = "; started again, a pipeline goes on, and a training stage from its last checkpoint; other stages begin anew"
 
-#: Stages that several processes run together; WORLD_SIZE and RANK are what torchrun sets.
+#: Stages that several processes run together, started by torchrun or srun.
 PARALLEL = ("pretrain", "expert", "tune_router", "evaluate", "generate")
 
 
@@ -47,10 +48,15 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one stage. Exit status: 0 done, 1 a defect of ours (with traceback), 2 a mistake in the input (one line)."""
+    """Run one stage.
+
+    Exit status: 0 done; 1 a defect of ours (with traceback); 2 a mistake in the input (one line); 3 another process of
+    the stage was lost (one line, from one of those that are left).
+    """
     arguments = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, terminate)
-    if int(os.environ.get("RANK", "0")) > 0:
+    adopt_slurm()
+    if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end; rank 0 says it all)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run_stage(arguments[0], arguments[1:])
     except UserError as error:
-        if not error.told:
+        if not error.told and os.environ.get(LOCAL_RANK, "0") == "0":  # a mistake is every process's: said once a node
             print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `flexpert … | head` has read enough
@@ -80,8 +86,10 @@ def terminate(signal_number: int, frame: FrameType | None) -> None:
 def run_stage(stage: str, overrides: list[str]) -> None:
     if stage not in STAGES:
         raise UserError(f"there is no stage '{stage}': choose one of {', '.join(STAGES)}")
-    if stage not in PARALLEL and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{stage} runs in one process: start it without torchrun; {', '.join(PARALLEL)} run in several")
+    if stage not in PARALLEL and num_ranks() > 1:
+        raise UserError(
+            f"{stage} runs in one process: start it without torchrun or srun; {', '.join(PARALLEL)} run in several"
+        )
     from flexpert.config.compose import compose
     from flexpert.config.help import describe
     from flexpert.config.paths import check_paths
@@ -94,4 +102,11 @@ def run_stage(stage: str, overrides: list[str]) -> None:
     for note in config.notes():
         print(f"note: {note}", flush=True)
     module, _, function = STAGES[stage][0].partition(":")
-    getattr(importlib.import_module(module), function)(config, resolved)
+    run = getattr(importlib.import_module(module), function)
+    if num_ranks() == 1:
+        run(config, resolved)
+    else:
+        from flexpert.parallel.process import among_ranks
+
+        with among_ranks():
+            run(config, resolved)

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from flexpert.config.groups import ParallelConfig
 from flexpert.errors import UserError
 from flexpert.records import write_atomic
 
@@ -85,7 +86,7 @@ def claim_directory(output: Path, resolved: str, resume: str) -> None:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
 
 
-def set_up_process(device: str, threads: int | None) -> Any:
+def set_up_process(device: str, config: ParallelConfig) -> Any:
     """Choose the device, set CPU threads, join the other processes; returns the `torch.device`.
 
     Raises:
@@ -95,11 +96,11 @@ def set_up_process(device: str, threads: int | None) -> Any:
 
     from flexpert.parallel.process import join_ranks
 
-    if threads is not None:
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    if config.threads is not None:
+        torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={device} is not one of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but PyTorch finds no CUDA device here")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return join_ranks(torch.device("cuda" if use_cuda else "cpu"))
+    return join_ranks(torch.device("cuda" if use_cuda else "cpu"), config.timeout)

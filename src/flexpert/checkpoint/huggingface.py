@@ -26,7 +26,7 @@ from flexpert.config.stages import MAX_FILE_BYTES
 from flexpert.data.tokenizer import Tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
-from flexpert.parallel.process import is_first
+from flexpert.parallel.environment import is_first
 from flexpert.records import write_json
 
 

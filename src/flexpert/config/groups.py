@@ -142,8 +142,10 @@ class ParallelConfig(Lockable):
 
     replicas: int = opt(1, "copies of the sharded state (hybrid sharding), as one on each node; 1: none but the shards")
 
+    timeout: float = opt(600.0, "seconds to wait for the other processes: to meet them, and in each collective")
+
     def check(self) -> None:
-        check_positive("parallel", self, "threads", "tensor", "expert", "expert_tensor", "replicas")
+        check_positive("parallel", self, "threads", "tensor", "expert", "expert_tensor", "replicas", "timeout")
         require(self.data == -1 or self.data > 0, f"parallel.data={self.data} must be positive, or -1 for the rest")
 
 

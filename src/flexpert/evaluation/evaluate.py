@@ -71,7 +71,7 @@ def run(config: EvaluateConfig, resolved: str) -> None:
             been scored or written then.
     """
     output, main = Path(config.output_dir), ModelDirectory.open(Path(config.model))
-    device = set_up_process(config.device, config.parallel.threads)
+    device = set_up_process(config.device, config.parallel)
     ranks = ranks_for_inference(config.parallel, device, is_mixture=bool(main.experts))
     sets = [
         load_set(name, Path(path), config.data.split, config.data.max_documents)

@@ -27,7 +27,7 @@ def run(config: GenerateConfig, resolved: str) -> None:
     Raises:
         UserError: prompts that cannot be read, an empty one, or one that leaves no room in the model's context.
     """
-    device = set_up_process(config.device, config.parallel.threads)
+    device = set_up_process(config.device, config.parallel)
     tokenizer = load_tokenizer(Path(config.model))
     many = config.prompts_file is not None
     prompts = on_first(lambda: read_prompts(config))

@@ -26,10 +26,10 @@ from flexpert.config.groups import ParallelConfig
 from flexpert.errors import UserError
 from flexpert.model.moe import MixtureOfExperts
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.environment import num_ranks
 from flexpert.parallel.expert import ExpertAxes, apply_expert_parallel
 from flexpert.parallel.layout import Layout, check_layout, for_inference
 from flexpert.parallel.mesh import Meshes, build_meshes
-from flexpert.parallel.process import num_ranks
 from flexpert.parallel.ranks import Ranks
 from flexpert.parallel.tensor import TensorAxis, apply_tensor_parallel
 

@@ -12,34 +12,24 @@ import torch.distributed as dist
 
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
+from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
+from flexpert.parallel.pulse import GRACE, LOST_RANK, SILENCE, Pulse
 
 T = TypeVar("T")
 
-#: What `torchrun` sets. Under `srun`, Slurm's own variables say the same.
-NUM_RANKS, RANK, LOCAL_RANK = "WORLD_SIZE", "RANK", "LOCAL_RANK"
-#: Seconds after which a collective that a rank does not join fails.
-TIMEOUT = 600
+_pulse: Pulse | None = None
 
 
-def num_ranks() -> int:
-    return int(os.environ.get(NUM_RANKS, "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get(RANK, "0"))
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes records and prints."""
-    return rank() == 0
-
-
-def join_ranks(device: torch.device) -> torch.device:
+def join_ranks(device: torch.device, timeout: float) -> torch.device:
     """Join the other processes, where there are any; returns this one's device.
+
+    Args:
+        timeout: seconds, to meet them and for each collective.
 
     Raises:
         UserError: they cannot be reached.
     """
+    global _pulse
     if num_ranks() == 1:
         return device
     if device.type == "cuda":
@@ -47,13 +37,52 @@ def join_ranks(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
+        address, port = os.environ.get(ADDRESS, "?"), os.environ.get(PORT, "?")
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            _pulse = Pulse(address, int(port), rank(), num_ranks())
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
             reason = str(error).splitlines()[0]
-            raise UserError(f"rank {rank()} of {num_ranks()} cannot reach the others at {where}: {reason}") from None
+            raise UserError(
+                f"rank {rank()} of {num_ranks()} cannot meet the others at {address}:{port}: {reason}"
+            ) from None
+        _pulse.start()
     return device
+
+
+def leave_ranks() -> None:
+    """At the end of a stage: wait for the others, which may need this one until then."""
+    global _pulse
+    if _pulse is not None:
+        dist.barrier()
+        _pulse.stop()
+        dist.barrier()
+        dist.destroy_process_group()
+        _pulse = None
+
+
+@contextmanager
+def among_ranks() -> Iterator[None]:
+    """Around a stage: ends when all have ended. An error here is told to the others; where it comes of a rank that was
+    lost, that is said instead.
+
+    Raises:
+        SystemExit: status `LOST_RANK`, where another rank was lost.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _pulse is not None:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in reason):
+                _pulse.found.wait(SILENCE + GRACE)
+                if _pulse.lost is not None:
+                    _pulse.over.set()
+                    _pulse.say(_pulse.lost)
+                    raise SystemExit(LOST_RANK) from None
+            _pulse.tell(reason)
+        raise
+    leave_ranks()
 
 
 def on_first(function: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from flexpert.monitor.jsonl import MetricsLog
 from flexpert.monitor.progress import TrainingProgress
 from flexpert.monitor.wandb import WandbRun, wandb_mode
 from flexpert.parallel.apply import reshard
-from flexpert.parallel.process import is_first, num_ranks
+from flexpert.parallel.environment import is_first, num_ranks
 from flexpert.stage import comparable
 from flexpert.train.compilation import eagerly
 

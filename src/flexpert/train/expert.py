@@ -28,7 +28,8 @@ from flexpert.data.mixture import MixedWindows, training_windows
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
 from flexpert.parallel.apply import put_beside, put_on_ranks
-from flexpert.parallel.process import is_first, on_first
+from flexpert.parallel.environment import is_first
+from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
 from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.freeze import cast_frozen, frozen_digest, train_only
@@ -61,7 +62,7 @@ def run(config: ExpertConfig, resolved: str) -> None:
         print(f"{contribution} is complete")
         return
 
-    device = set_up_process(config.train.device, config.parallel.threads)
+    device = set_up_process(config.train.device, config.parallel)
     inputs = {"base": on_first(lambda: base_digest(base.path))}
     if config.public_data is not None:
         public = read_manifest(Path(config.public_data))

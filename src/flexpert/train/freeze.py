@@ -9,7 +9,7 @@ from flexpert.checkpoint.digest import digest_of, digest_tensor
 from flexpert.checkpoint.huggingface import Slot
 from flexpert.checkpoint.sharding import gather_to_first
 from flexpert.model.transformer import Transformer
-from flexpert.parallel.process import is_first
+from flexpert.parallel.environment import is_first
 
 
 def train_only(model: Transformer, trained: Callable[[str], bool]) -> None:

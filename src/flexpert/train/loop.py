@@ -21,7 +21,8 @@ from flexpert.errors import UserError
 from flexpert.lock import exclusive
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
-from flexpert.parallel.process import is_first, on_first
+from flexpert.parallel.environment import is_first
+from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
 from flexpert.parallel.recompute import recompute_blocks
 from flexpert.parallel.tensor import local

@@ -29,7 +29,7 @@ def run(config: PretrainConfig, resolved: str) -> None:
     """Train, and write `output_dir/model` as an `Olmo2ForCausalLM` directory."""
     manifest = read_manifest(Path(config.data.dir))
     output = Path(config.output_dir)
-    device = set_up_process(config.train.device, config.parallel.threads)
+    device = set_up_process(config.train.device, config.parallel)
     check_directory(output, resolved, config.resume)
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")

@@ -46,7 +46,7 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
         return
-    device = set_up_process(config.train.device, config.parallel.threads)
+    device = set_up_process(config.train.device, config.parallel)
     on_first(lambda: verify_model(source))  # an altered model is not trained on, and not only not copied
     check_tokenizer(source, manifest)
     dtype = ModelDirectory.open(source).require_one_dtype()
