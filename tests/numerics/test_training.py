@@ -40,7 +40,7 @@ def expert_trainer(overrides: list[str], output: Path, *more: str) -> Trainer:
     config, resolved = compose("expert", [*overrides, *settings])
     output.mkdir(exist_ok=True)
     device = torch.device("cpu")
-    model = build_job(ModelDirectory.open(Path(config.base)), config, device)
+    model, _ = build_job(ModelDirectory.open(Path(config.base)), config, device)
     return Trainer(model, config, "expert", read_manifest(Path(config.data.dir)), device, resolved)
 
 

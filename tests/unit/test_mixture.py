@@ -203,7 +203,8 @@ def toy_trainer(data: Path, output: Path, *overrides: str) -> Trainer:
              "optim.warmup_steps=1", "monitor.wandb=off", f"output_dir={output}", *overrides]  # fmt: skip
     config, resolved = compose("pretrain", words)
     manifest = read_manifest(data)
-    return Trainer(build_model(config, manifest), config, "pretrain", manifest, torch.device("cpu"), resolved)
+    model, _ = build_model(config, manifest, torch.device("cpu"))
+    return Trainer(model, config, "pretrain", manifest, torch.device("cpu"), resolved)
 
 
 def test_windows_mark_what_carries_no_loss_and_lose_no_token(with_prompts: Path) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,10 +188,13 @@ class Sent(TorchDispatchMode):
     #: Of a collective's input, over n ranks.
     SHARES: ClassVar[dict[str, Callable[[int], float]]] = {
         "_allgather_base_": lambda n: n - 1,
-        "allgather_": lambda n: n - 1,
+        "all_gather_into_tensor": lambda n: n - 1,
         "_reduce_scatter_base_": lambda n: (n - 1) / n,
+        "reduce_scatter_tensor": lambda n: (n - 1) / n,
         "allreduce_": lambda n: 2 * (n - 1) / n,
+        "all_reduce": lambda n: 2 * (n - 1) / n,
         "alltoall_base_": lambda n: (n - 1) / n,
+        "all_to_all_single": lambda n: (n - 1) / n,
     }
 
     def __init__(self) -> None:
@@ -198,12 +202,17 @@ class Sent(TorchDispatchMode):
         self.bytes: dict[str, float] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            name = function._overloadpacket.__name__
-            given = args[0 if name == "allreduce_" else 1]
+        name = function._overloadpacket.__name__
+        if function.namespace == "c10d" or (function.namespace == "_c10d_functional" and name in self.SHARES):
+            if function.namespace == "c10d":  # those of `fully_shard`
+                given = args[0 if name == "allreduce_" else 1]
+                place = next(index for index, of in enumerate(function._schema.arguments) if of.name == "process_group")
+                group = dist.ProcessGroup.unbox(args[place])
+            else:  # ours; PyTorch 2.13 gives the group, 2.11 its name
+                given, group = args[0], [*args, *(kwargs or {}).values()][-1]
+                if isinstance(group, str):
+                    group = dist.distributed_c10d._resolve_process_group(group)
             (tensor,) = given if isinstance(given, list) else [given]
-            place = next(index for index, of in enumerate(function._schema.arguments) if of.name == "process_group")
-            group = dist.ProcessGroup.unbox(args[place])
             sent = tensor.numel() * tensor.element_size() * self.SHARES[name](group.size())
             self.bytes[group.group_name] = self.bytes.get(group.group_name, 0.0) + sent
         return function(*args, **(kwargs or {}))
@@ -248,7 +257,7 @@ def kept(job: Job, layout: Layout) -> int:
     if layout.tensor > 1:
         apply_tensor_parallel(model, TensorAxis(meshes.dense["tp"], layout.sequence))
     if layout.expert * layout.expert_tensor > 1:
-        same_tokens = layout.tensor > 1 and not layout.sequence
+        same_tokens = ("etp",) if layout.tensor > 1 and not layout.sequence else ()
         apply_expert_parallel(model, ExpertAxes(meshes.experts["ep", "etp"], same_tokens))
     model.to_empty(device="cpu")
     fill(model)
@@ -299,8 +308,10 @@ def test_operations_and_parameters_are_those_of_the_built_model(kind: str, model
 def test_files_have_the_bytes_of_their_tensors() -> None:
     shapes = model_shapes(FLEX_37B)
     assert model_bytes(FLEX_37B) == sum(2 * math.prod(shape) for shape in shapes.values())
-    tensors = expert_tensors(build(kinds(FLEX_37B)["expert"]), torch.bfloat16)
-    assert contribution_bytes(FLEX_37B) == local_bytes(tensors.values())
+    job = kinds(FLEX_37B)["expert"]
+    with FakeTensorMode():
+        tensors = expert_tensors(Transformer(job.model, job.group_sizes), torch.bfloat16)
+        assert contribution_bytes(FLEX_37B) == local_bytes(tensors.values())
 
 
 @pytest.mark.parametrize(("cluster", "device"), [("a100", "NVIDIA A100-SXM4-80GB"), ("h100", "NVIDIA H100 80GB HBM3"),

@@ -7,7 +7,6 @@ nothing more: who alters a file can alter the list. What PyTorch writes are pick
 whoever wrote them, they may name only PyTorch's own records of a checkpoint (`.metadata`), tensors and plain values.
 """
 
-import io
 import pickle
 import re
 import shutil
@@ -20,8 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import ReadItem
 
 from flexpert.checkpoint.sharding import local_part
 from flexpert.errors import UserError
@@ -33,12 +30,13 @@ from flexpert.records import read_record, sha256_file, write_record
 STEP_NAME = re.compile(r"step-(\d{9})")
 RECORD_NAME = "checkpoint.json"
 
-#: What `.metadata` is made of, beside `torch.dtype`s and paths.
+#: What `.metadata` is made of, beside `torch.dtype`s and paths. We save tensors alone: what is none, PyTorch would
+#: unpickle whatever it names.
 METADATA_PARTS: dict[tuple[str, str], Any] = {
     (part.__module__, part.__qualname__): part
     for part in (
-        metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, metadata.BytesStorageMetadata,
-        metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata, metadata.TensorProperties,
+        metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, metadata.TensorStorageMetadata,
+        metadata.ChunkStorageMetadata, metadata.TensorProperties,
         metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size, torch.serialization._get_layout,
     )
 }  # fmt: skip
@@ -99,7 +97,7 @@ def load(directory: Path, step: int, model: Transformer, optimizer: torch.optim.
         warnings.simplefilter("ignore")
         try:
             alone = not dist.is_initialized()
-            state_dict_loader.load(state, storage_reader=Reader(path), planner=LoadPlanner(), no_dist=alone)
+            state_dict_loader.load(state, storage_reader=Reader(path), no_dist=alone)
         except (pickle.UnpicklingError, CheckpointException) as error:
             causes = (
                 [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
@@ -156,15 +154,6 @@ class Reader(filesystem.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         return self._metadata
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """PyTorch's, which unpickles what is no tensor (such as a learning rate) whatever it names; here it may not."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
 
 
 def retain(directory: Path, keep: int) -> None:
