@@ -1,24 +1,26 @@
 """One table of layouts against one process: the same loss and the same gradient of every parameter."""
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flexpert.checkpoint.huggingface import save_model
+from flexpert.checkpoint.huggingface import load_model, save_model
 from flexpert.checkpoint.sharding import local_part
 from flexpert.config.groups import ModelConfig, OptimConfig
 from flexpert.data.tokenizer import Tokenizer, train_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
-from flexpert.model.transformer import Transformer, build_on_meta
-from flexpert.parallel.apply import apply_parallel
+from flexpert.model.transformer import Transformer, build_on_meta, initialise
+from flexpert.parallel.apply import apply_parallel, put_for_inference
 from flexpert.parallel.layout import Layout, check_layout, problem
 from flexpert.parallel.mesh import Meshes, build_meshes
 from flexpert.parallel.ranks import Ranks, clip_gradients
@@ -236,3 +238,86 @@ def test_every_layout_trains_as_one_process(
     if folder is not None and written is not None:
         for path in folder.iterdir():
             assert (written / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def in_bf16(kind: Kind, layout: Layout, sequences: Tensor) -> tuple[Tensor, dict[str, Tensor], set[tuple[str, str]]]:
+    """Parts of the loss, gradients, and what the first router and its experts were computed in."""
+    meshes = build_meshes(layout, torch.device("cpu"))
+    model, ranks, seen = build(kind, meshes, torch.bfloat16), Ranks(meshes), set()
+    layer = model.blocks[0].feed_forward
+    rows = put_together(dict(layer.router.named_parameters()), layout.num_ranks)
+
+    def see_router(router: nn.Module, _: object) -> None:
+        same = all(torch.equal(local(value), rows[name]) for name, value in router.named_parameters())
+        seen.add(("router", "exact" if same else "rounded"))
+
+    layer.router.register_forward_pre_hook(see_router)
+    layer.groups[0].register_forward_pre_hook(lambda group, _: seen.add(("experts", str(group.down.dtype))))
+    index, number = ranks.share
+    total, parts = losses(model, sequences[index::number], ranks)
+    total.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return parts, put_together(gradients, layout.num_ranks), seen
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, 2, expert=2, sequence=True)], ids=str)
+def test_products_are_in_bf16_and_the_router_in_fp32(layout: Layout) -> None:
+    """Beside one process in fp32: bf16 has 8 bits, and what they round away adds up to a twentieth of a gradient."""
+    sequences = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(0))
+    model = build(KINDS["all of 4"])
+    total, wanted = losses(model, sequences, Ranks())
+    total.backward()  # type: ignore[no-untyped-call]
+    for parts, gradients, seen in run_ranks(in_bf16, layout.num_ranks, KINDS["all of 4"], layout, sequences):
+        assert seen == {("router", "exact"), ("experts", "torch.bfloat16")}
+        torch.testing.assert_close(parts, wanted, rtol=2e-2, atol=0)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and gradients[name].dtype == torch.float32
+            assert (gradients[name] - parameter.grad).norm() <= 0.1 * parameter.grad.norm(), name
+
+
+def growth(function: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes by which this process's own memory is larger, at its largest, while the function runs; its result."""
+
+    def now() -> int:
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+    sizes, over = [now()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            sizes.append(now())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = function()
+    over.set()
+    watcher.join()
+    return max(sizes) - sizes[0], result
+
+
+def pass_through(layout: Layout, source: Path, target: Path, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Read a directory into the layout and write it from there; how much memory each took."""
+    ranks, cpu = Ranks(build_meshes(layout, torch.device("cpu"))), torch.device("cpu")
+    reading, (model, _) = growth(
+        lambda: load_model(source, give_memory=lambda model: put_for_inference(model, ranks, cpu))
+    )
+    target.mkdir(exist_ok=True)
+    writing, _ = growth(lambda: save_model(model, target, tokenizer, torch.float32))
+    return reading, writing
+
+
+@pytest.mark.parametrize("layout", [Layout(4), Layout(4, 4), Layout(4, 2)], ids=str)
+def test_no_rank_holds_the_whole_model(layout: Layout, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A quarter each, and on the way one tensor of, here, a tenth."""
+    model = build_on_meta(
+        ModelConfig(hidden_size=256, num_layers=16, num_heads=4, intermediate_size=1024, vocab_size=8192)
+    )
+    initialise(model.to_empty(device="cpu"), 0)
+    (tmp_path / "source").mkdir()
+    save_model(model, tmp_path / "source", tokenizer, torch.float32)
+    whole = sum(4 * parameter.numel() for parameter in model.parameters())
+    del model
+    for reading, writing in run_ranks(pass_through, 4, layout, tmp_path / "source", tmp_path / "target", tokenizer):
+        assert reading < 0.5 * whole and writing < 0.5 * whole, (reading / whole, writing / whole)
+    for path in (tmp_path / "source").iterdir():
+        assert (tmp_path / "target" / path.name).read_bytes() == path.read_bytes(), path.name

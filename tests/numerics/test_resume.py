@@ -44,7 +44,10 @@ TOY = [f"train.steps={STEPS}", "train.batch_tokens=128", "train.sequence_length=
        "train.microbatch_sequences=8", "optim.warmup_steps=2", "monitor.wandb=off", "checkpoint.keep=10"]  # fmt: skip
 
 #: What a row says of the machine, and not of the run.
-OF_THE_MACHINE = {"step_seconds", "tokens_per_second", "peak_memory_bytes", "mfu"}
+OF_THE_MACHINE = {
+    "step_seconds", "data_seconds", "compute_seconds", "optimizer_seconds", "tokens_per_second", "peak_memory_bytes",
+    "mfu",
+}  # fmt: skip
 
 #: A training loop's directory below the stage's ("." or "calibration"), and a step of it.
 Moment = tuple[str, int]

@@ -173,6 +173,7 @@ CASES: list[tuple[str, Layout]] = [
     ("pretrain", Layout(2, 2, sequence=True)),
     ("expert", Layout(2, 2, expert_tensor=2)),
     ("expert", Layout(4, 2, expert=2, expert_tensor=2, sequence=True)),
+    ("expert", Layout(4, 2, expert=2, expert_tensor=2)),
     ("tune_router", Layout(2)),
     ("tune_router", Layout(2, expert=2)),
     ("whole", Layout(4, 2, expert=2, expert_tensor=2, sequence=True)),

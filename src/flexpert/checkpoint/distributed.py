@@ -11,6 +11,8 @@ import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -21,10 +23,11 @@ from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flexpert.checkpoint.sharding import local_part
+from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
 from flexpert.fields import require
 from flexpert.model.transformer import Transformer
-from flexpert.parallel.process import directory_of_all, on_first
+from flexpert.parallel.process import barrier, on_first
 from flexpert.records import read_record, sha256_file, write_record
 
 STEP_NAME = re.compile(r"step-(\d{9})")
@@ -40,6 +43,15 @@ METADATA_PARTS: dict[tuple[str, str], Any] = {
         metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size, torch.serialization._get_layout,
     )
 }  # fmt: skip
+
+
+@contextmanager
+def directory_of_all(final: Path) -> Iterator[Path]:
+    """`atomic_directory` that all ranks write into: it takes its name when all have."""
+    with ExitStack() as stack:
+        yield on_first(lambda: stack.enter_context(atomic_directory(final)))
+        barrier()
+    barrier()
 
 
 def trained_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

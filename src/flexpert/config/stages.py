@@ -396,7 +396,7 @@ class PlanConfig(Lockable):
     sequence_length: int = opt(4096, "tokens in one sequence")
     microbatch_sequences: int = opt(1, "sequences in one forward pass of a data rank")
     loss_chunk_tokens: int = opt(1024, "tokens whose logits are held at one time")
-    recompute: str = opt("none", "what the backward pass computes again: none, or full: all of a block but its input")
+    recompute: str = opt("none", "train.recompute: none or full; selective needs memory and time between these")
     mfu: float = opt(
         0.4,
         "share of the peak that a GPU reaches where it waits for no other: an assumption, until a run on this kind of "

@@ -2,15 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
 from flexpert.parallel.pulse import GRACE, LOST_RANK, SILENCE, Pulse
@@ -36,7 +34,7 @@ def join_ranks(device: torch.device, timeout: float) -> torch.device:
         device = torch.device("cuda", int(os.environ.get(LOCAL_RANK, "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         address, port = os.environ.get(ADDRESS, "?"), os.environ.get(PORT, "?")
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
@@ -104,15 +102,6 @@ def on_first(function: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message, told=not is_first())
     return result  # type: ignore[return-value]
-
-
-@contextmanager
-def directory_of_all(final: Path) -> Iterator[Path]:
-    """`atomic_directory` that all ranks write into: it takes its name when all have."""
-    with ExitStack() as stack:
-        yield on_first(lambda: stack.enter_context(atomic_directory(final)))
-        barrier()
-    barrier()
 
 
 def barrier() -> None:

@@ -63,12 +63,13 @@ class Ranks:
         dist.all_gather_object(parts, found, group=self.meshes.data)
         return {key: value for part in parts for key, value in part.items()}
 
-    def largest(self, value: int, device: torch.device) -> int:
+    def every(self, value: int) -> list[int]:
+        """Of each rank, in their order."""
         if self.meshes is None:
-            return value
-        held = torch.tensor(value, device=device)
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-        return int(held)
+            return [value]
+        values = [0] * self.meshes.layout.num_ranks
+        dist.all_gather_object(values, value)
+        return values
 
 
 #: One process.

@@ -151,7 +151,7 @@ class Profile(Callback):
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         self.region.close()
         if trainer.step == self.steps[1]:
-            self.write(trainer.step)
+            row |= self.write(trainer.step)
         self.begin(trainer.step + 1, trainer.num_steps)
 
     def after_run(self, trainer: "Trainer", failed: bool) -> None:
@@ -167,14 +167,26 @@ class Profile(Callback):
         if self.profiler is not None:
             self.region.enter_context(torch.profiler.record_function(f"step {step}"))
 
-    def write(self, step: int) -> None:
-        if self.profiler is not None:
-            self.profiler.stop()
-            self.directory.mkdir(exist_ok=True)
-            path = self.directory / f"steps-{self.steps[0]}-{step}.json.gz"
-            self.profiler.export_chrome_trace(str(path))
-            self.profiler = None
-            print(f"profile in {path}", flush=True)
+    def write(self, step: int) -> dict[str, float]:
+        """The trace; returns, where there are several processes, a step's seconds in collectives."""
+        if self.profiler is None:
+            return {}
+        self.profiler.stop()
+        self.directory.mkdir(exist_ok=True)
+        path = self.directory / f"steps-{self.steps[0]}-{step}.json.gz"
+        self.profiler.export_chrome_trace(str(path))
+        print(f"profile in {path}", flush=True)
+        spent = collective_seconds(self.profiler)
+        self.profiler = None
+        return {"communication_seconds": spent / (step - self.steps[0] + 1)} if num_ranks() > 1 else {}
+
+
+def collective_seconds(profiler: torch.profiler.profile) -> float:
+    """Time in collectives, whether or not something else was computed beside them."""
+    events = profiler.key_averages()
+    on_gpu = sum(event.self_device_time_total for event in events if event.key.startswith("ncclDevKernel"))
+    on_cpu = sum(event.cpu_time_total for event in events if event.key.startswith("gloo:"))
+    return (on_gpu + on_cpu) / 1e6
 
 
 class MemorySnapshot(Callback):

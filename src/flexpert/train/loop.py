@@ -4,7 +4,6 @@ Shapes: B sequences of a microbatch, S positions, T = B·S tokens, D residual wi
 """
 
 import contextlib
-import resource
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from flexpert.errors import UserError
 from flexpert.lock import exclusive
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
+from flexpert.monitor.stopwatch import Stopwatch
 from flexpert.parallel.environment import is_first
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
@@ -96,11 +96,10 @@ class Trainer:
             self.callbacks.append(ValidLoss(valid, config.train.evaluation_interval, sequences))
         self.callbacks.append(Utilisation())
         if is_first():
+            self.callbacks += diagnostics(config.monitor, self.output)
             self.callbacks.append(Records(stage, self.output, config.monitor, resolved))
         if config.checkpoint.interval is not None:
             self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint.interval, config.checkpoint.keep))
-        if is_first():
-            self.callbacks += diagnostics(config.monitor, self.output)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint, if there is one.
@@ -137,6 +136,9 @@ class Trainer:
                         for callback in self.callbacks:
                             callback.after_step(self, row)
                 failed = False
+                if self.ranks.meshes is not None:
+                    peaks = ", ".join(f"{peak / 2**20:,.0f}" for peak in self.ranks.every(peak_memory(self.device)))
+                    print(f"peak memory of ranks 0, 1, …: {peaks} MiB", flush=True)
             finally:
                 for callback in self.callbacks:
                     callback.after_run(self, failed)
@@ -175,18 +177,20 @@ class Trainer:
 
     def optimizer_step(self) -> dict[str, Any]:
         """One update over `train.batch_tokens` tokens; returns its row of metrics."""
-        started = time.perf_counter()
+        started, watch = time.perf_counter(), Stopwatch(self.device)
         config, train = self.config, self.config.train
         lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
         sequences = self.prefetch.take(self.step)
         counted = self.ranks.sum((sequences[:, 1:] >= 0).sum().to(self.device))
         num_targets = max(1, int(counted))
+        watch.end("data")
         sums = torch.zeros(3, device=self.device)
         for start in range(0, len(sequences), train.microbatch_sequences):
             losses = self.losses(sequences[start : start + train.microbatch_sequences])
             total = losses.nll + train.z_loss * losses.z + train.router_z_loss * losses.router_z
             torch.autograd.backward(total / num_targets)
             sums += torch.stack([part.detach() for part in losses])
+        watch.end("compute")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         max_norm = config.optim.grad_clip if config.optim.grad_clip is not None else float("inf")
         grad_norm = clip_gradients(parameters, max_norm)
@@ -201,6 +205,7 @@ class Trainer:
             self.skipped_in_a_row += 1
             print(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped", flush=True)
         self.optimizer.zero_grad(set_to_none=True)
+        watch.end("optimizer")
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"{MAX_SKIPPED} steps in a row without a finite loss and gradient: "
@@ -219,8 +224,9 @@ class Trainer:
             "lr": lr,
             "skipped_steps": self.skipped_steps,
             "step_seconds": seconds,
+            **{f"{part}_seconds": spent for part, spent in watch.seconds().items()},
             "tokens_per_second": train.batch_tokens / seconds,
-            "peak_memory_bytes": self.ranks.largest(peak_memory(self.device), self.device),
+            "peak_memory_bytes": peak_memory(self.device),
         }
 
 
@@ -228,4 +234,6 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory so far, bytes: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not `getrusage`: a process that was forked has its parent's size in it.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

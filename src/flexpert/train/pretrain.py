@@ -7,6 +7,7 @@ import torch
 
 from flexpert.checkpoint.digest import tokenizer_digest
 from flexpert.checkpoint.directory import ModelDirectory
+from flexpert.checkpoint.distributed import directory_of_all
 from flexpert.checkpoint.huggingface import fill, save_model, tensor_map
 from flexpert.checkpoint.sharding import assign
 from flexpert.config.groups import TrainConfig
@@ -17,7 +18,7 @@ from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
 from flexpert.parallel.apply import put_on_ranks
-from flexpert.parallel.process import directory_of_all, on_first
+from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
 from flexpert.stage import check_directory, claim_directory, set_up_process
 from flexpert.train.loop import Trainer

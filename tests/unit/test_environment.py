@@ -1,0 +1,40 @@
+"""Which process this is, under torchrun, under srun, in a batch script and alone."""
+
+import pytest
+
+from flexpert.parallel.environment import FIRST_PORT, NUM_PORTS, adopt_slurm
+
+JOB = {"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+STEP = JOB | {"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def adopted(environment: dict[str, str]) -> dict[str, str]:
+    """What is new in it."""
+    before = dict(environment)
+    adopt_slurm(environment)
+    assert before.items() <= environment.items()
+    return {name: value for name, value in environment.items() if name not in before}
+
+
+def test_a_step_of_srun_says_what_torchrun_would() -> None:
+    new = adopted(dict(STEP))
+    port = int(new.pop("MASTER_PORT"))
+    assert new == {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.7"}
+    assert FIRST_PORT <= port < FIRST_PORT + NUM_PORTS
+    assert int(adopted(STEP | {"SLURM_STEP_ID": "3"})["MASTER_PORT"]) != port  # two steps of one job
+    assert int(adopted(STEP | {"SLURM_PROCID": "6"})["MASTER_PORT"]) == port
+
+
+@pytest.mark.parametrize("given", ["MASTER_ADDR", "MASTER_PORT"])
+def test_a_meeting_place_that_is_given_stays(given: str) -> None:
+    assert given not in adopted(STEP | {given: "4242"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, JOB, STEP | {"SLURM_STEP_NUM_TASKS": "1"}, TORCHRUN, STEP | TORCHRUN],
+    ids=["alone", "a batch script without srun", "one task", "torchrun", "torchrun in a step"],
+)
+def test_nothing_is_adopted_elsewhere(environment: dict[str, str]) -> None:
+    assert adopted(dict(environment)) == {}
