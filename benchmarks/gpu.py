@@ -9,6 +9,7 @@ four, which compile and warm up.
 """
 
 import argparse
+import gc
 import platform
 import statistics
 import tempfile
@@ -104,6 +105,10 @@ def measure(folder: Path, config: ModelConfig, sequences: int, length: int) -> l
                                f"batch_tokens={sequences * length}"])  # fmt: skip
     for recompute, compiled in SETTINGS:
         output = folder / f"{recompute}-{compiled}"
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         run_stage("expert", [
             f"base={folder}/base", f"data.dir={folder}/data", "name=math", "router.init=random", f"output_dir={output}",
             f"train.steps={STEPS}", f"train.batch_tokens={sequences * length}", f"train.sequence_length={length}",

@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 from flexpert import __version__
@@ -26,6 +27,10 @@ STAGES = {
     "plan": ("flexpert.planning.plan:run", "model + cluster → memory, time and node-hours, and the layouts that fit"),
 }
 
+
+#: Seconds by which a mistake, which is every process's and said by the first of a node, ends the others later: torchrun
+#: ends all when one has ended.
+AFTER_FIRST = 2.0
 
 GOES_ON = "; started again, a pipeline goes on, and a training stage from its last checkpoint; other stages begin anew"
 
@@ -66,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run_stage(arguments[0], arguments[1:])
     except UserError as error:
-        if not error.told and os.environ.get(LOCAL_RANK, "0") == "0":  # a mistake is every process's: said once a node
+        if os.environ.get(LOCAL_RANK, "0") != "0":
+            time.sleep(AFTER_FIRST)
+        elif not error.told:
             print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `flexpert … | head` has read enough
@@ -79,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def terminate(signal_number: int, frame: FrameType | None) -> None:
     """End by way of the blocks that clean up: no half-written directory, no child, no open W&B run stays."""
-    print(f"flexpert: terminated{GOES_ON}", file=sys.stderr)
+    if is_first():
+        print(f"flexpert: terminated{GOES_ON}", file=sys.stderr)
     raise SystemExit(128 + signal_number)
 
 

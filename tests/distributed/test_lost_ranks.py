@@ -132,3 +132,26 @@ def test_processes_that_cannot_meet_say_where(road: Path, tmp_path: Path) -> Non
     (told,) = said([done.stderr])
     assert f"rank 1 of 2 cannot meet the others at 127.0.0.1:{port}" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_starts_it_and_a_mistake_is_said_once(road: Path, tmp_path: Path) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "flexpert",
+    ]
+    words = ["pretrain", *with_toy(*SHAPE, f"data.dir={road}/data/public", "train.microbatch_sequences=1",
+             f"output_dir={tmp_path}/run")]  # fmt: skip
+    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"{tmp_path}/run/model\n") and done.stdout.count("step 6/6") == 1
+    done = subprocess.run(
+        [*torchrun, *words, "seed=1", "parallel.tensor=3"], capture_output=True, text=True, check=False
+    )
+    (told,) = said([done.stderr])
+    assert done.returncode != 0 and "2 ranks do not divide into groups of 3" in told

@@ -26,6 +26,7 @@ EXPERT: Case = ("expert 2", 2, ["parallel.expert=2"])
 SEQUENCE: Case = ("tensor 2, sequence, data 2", 4, ["parallel.tensor=2", "parallel.sequence=true"])
 BOTH: Case = ("tensor 2, expert 2", 4, ["parallel.tensor=2", "parallel.expert=2"])
 WHOLE_EXPERTS = ["parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=1", "parallel.sequence=true"]
+REPLICAS: Case = ("data 4, 2 replicas", 4, ["parallel.replicas=2"])
 ALL: Case = ("tensor 2, expert 2, sequence", 4, WHOLE_EXPERTS)
 
 
@@ -89,10 +90,10 @@ def test_pretraining_in_several_processes_equals_pretraining_in_one(road: Path, 
     run_ranks(train, number, "pretrain", *common, *keys, *profiled, f"output_dir={tmp_path}/together")
     check_equal(tmp_path / "together", tmp_path / "alone", "model/model.safetensors")
     assert ["communication_seconds" in row for row in rows(tmp_path / "together")] == [False, False, True, False, False]
-    assert 0 < rows(tmp_path / "together")[2]["communication_seconds"]
+    assert rows(tmp_path / "together")[2]["communication_seconds"] > 0
 
 
-@pytest.mark.parametrize("keys", [["train.recompute=selective"], ["train.recompute=full", "train.compile=true"]])
+@pytest.mark.parametrize("keys", [["train.recompute=full"], ["train.recompute=selective", "train.compile=true"]])
 def test_blocks_that_compute_again_or_are_compiled_train_alike_in_several_processes(
     road: Path, assembled: Path, tmp_path: Path, keys: list[str]
 ) -> None:
@@ -117,7 +118,8 @@ def test_an_expert_trained_in_several_processes_equals_one_trained_in_one(
     _, number, keys = layout
     common = [override for override in expert_overrides if not override.startswith("router.init=")] + [
         "router.init=discriminant", "router.bias=true", "public_share=0.25", "router.calibration_steps=2",
-        "train.steps=5", "train.microbatch_sequences=2",
+        "train.steps=5", "train.microbatch_sequences=2", "train.evaluation_interval=4",
+        "train.evaluation_sequences=11",  # which neither microbatches nor processes divide
     ]  # fmt: skip
     train("expert", *common, f"output_dir={tmp_path}/alone")
     run_ranks(train, number, "expert", *common, *keys, f"output_dir={tmp_path}/together")
@@ -191,10 +193,22 @@ def test_a_run_goes_on_in_another_layout(road: Path, tmp_path: Path) -> None:
     common += ["train.microbatch_sequences=2"]
     train("pretrain", *common, f"output_dir={tmp_path}/alone")
     output = f"output_dir={tmp_path}/moved"
-    for steps, number, keys in ((2, *TENSOR[1:]), (4, *DATA[1:])):
+    for steps, (_, number, keys) in ((2, SEQUENCE), (4, REPLICAS)):
         run_ranks(stopped, number, steps, "pretrain", *common, *keys, output)
     train("pretrain", *common, output)
     check_equal(tmp_path / "moved", tmp_path / "alone", "model/model.safetensors")
+
+
+def test_an_expert_goes_on_in_another_layout(expert_overrides: list[str], tmp_path: Path) -> None:
+    """The owner's FFN over two processes, over four with positions shared, and whole again."""
+    common = [*expert_overrides, "router.bias=true", "train.steps=5", "checkpoint.interval=1"]
+    common += ["train.microbatch_sequences=2"]
+    train("expert", *common, f"output_dir={tmp_path}/alone")
+    output = f"output_dir={tmp_path}/moved"
+    for steps, (_, number, keys) in ((2, EXPERT), (4, ALL)):
+        run_ranks(stopped, number, steps, "expert", *common, *keys, output)
+    train("expert", *common, output)
+    check_equal(tmp_path / "moved", tmp_path / "alone", "contribution/expert.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -229,5 +243,5 @@ def test_the_smoke_pipeline_gives_the_same_evaluation(smoke: Path, tmp_path: Pat
             run_stage(node.stage, list(node.overrides))
     ours, alone = (json.loads((path / "evaluation/evaluation.json").read_text()) for path in (output, smoke))
     assert {"model", "without math", "soup", "btm", "public"} <= alone["methods"].keys()
-    # Thirty steps of AdamW move router rows, whose gradients are small, a little more apart.
-    check_close(ours["methods"], alone["methods"], routing=1e-4)
+    # Thirty steps of AdamW move router rows, whose gradients are small, apart by more.
+    check_close(ours["methods"], alone["methods"], routing=1e-3)

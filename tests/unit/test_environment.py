@@ -1,11 +1,14 @@
 """Which process this is, under torchrun, under srun, in a batch script and alone."""
 
+import socket
+
 import pytest
 
 from flexpert.parallel.environment import FIRST_PORT, NUM_PORTS, adopt_slurm
 
 JOB = {"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
-STEP = JOB | {"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+STEP = JOB | {"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+              "SLURM_STEP_NODELIST": "gpu[003-006,9],cpu1"}  # fmt: skip
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -15,6 +18,28 @@ def adopted(environment: dict[str, str]) -> dict[str, str]:
     adopt_slurm(environment)
     assert before.items() <= environment.items()
     return {name: value for name, value in environment.items() if name not in before}
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Host names that resolve."""
+    known: set[str] = set()
+
+    def getaddrinfo(name: str, port: None) -> None:
+        if name not in known:
+            raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return known
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("gpu[003-006,9],cpu1", "gpu003"), ("cpu1,gpu[3-4]", "cpu1"), ("n-1-[07]", "n-1-07"), ("", "")]
+)
+def test_the_meeting_place_is_the_first_node_of_the_step(nodes: str, first: str, names: set[str]) -> None:
+    assert adopted(STEP | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == "10.0.0.7"
+    names.add(first)
+    assert adopted(STEP | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == (first or "10.0.0.7")
 
 
 def test_a_step_of_srun_says_what_torchrun_would() -> None:

@@ -139,7 +139,7 @@ def test_utilisation_is_the_share_of_the_device_that_the_model_needs(
         flops = 128 * (forward + first + second + 2 * head)
         assert row["mfu"] == pytest.approx(flops / row["step_seconds"] / 1e12, rel=1e-9)
         parts = [row[f"{part}_seconds"] for part in ("data", "compute", "optimizer")]
-        assert min(parts) > 0 and sum(parts) <= row["step_seconds"] and max(parts) == parts[1]
+        assert min(parts) > 0 and sum(parts) <= row["step_seconds"]
     assert "  mfu " in capsys.readouterr().out
     assert [row["mfu"] for row in wandb_runs[0].rows] == [row["mfu"] for row in rows]
 

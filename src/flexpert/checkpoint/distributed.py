@@ -27,6 +27,7 @@ from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
 from flexpert.fields import require
 from flexpert.model.transformer import Transformer
+from flexpert.parallel.environment import num_ranks, rank
 from flexpert.parallel.process import barrier, on_first
 from flexpert.records import read_record, sha256_file, write_record
 
@@ -82,8 +83,18 @@ def save(
         alone = not dist.is_initialized()
         state_dict_saver.save(trained_state(model, optimizer), checkpoint_id=temporary, no_dist=alone)
 
+        # Every rank hashes what it wrote, `__RANK_*.distcp`; the first also `.metadata`, which is there when all are.
+        own = {path.name: sha256_file(path) for path in temporary.glob(f"__{rank()}_*")}
+        parts: list[dict[str, str]] = [own] * num_ranks()
+        if not alone:
+            dist.all_gather_object(parts, own)
+
         def record() -> None:
-            files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+            files = {".metadata": sha256_file(temporary / ".metadata")}
+            for part in parts:
+                files |= part
+            files = dict(sorted(files.items()))
+            assert files.keys() == {path.name for path in temporary.iterdir()}
             write_record(temporary / RECORD_NAME, "flexpert.checkpoint", {"step": step, "files": files, **extra})
 
         on_first(record)

@@ -1,6 +1,7 @@
 """`flexpert evaluate`: one model, under any choice of experts, beside what owners could do without it."""
 
-from dataclasses import dataclass, field
+import gc
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
 from flexpert.evaluation.table import print_bits
 from flexpert.model.transformer import Transformer
-from flexpert.parallel.apply import put_for_inference, ranks_for_inference
+from flexpert.parallel.apply import check_for_inference, put_for_inference, ranks_for_inference
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
 from flexpert.records import write_record
@@ -56,6 +57,7 @@ class Evaluation:
 
     def load(self, path: Path, **options: Any) -> Transformer:
         """As `load_model` with these options, for the processes that there are."""
+        gc.collect()  # what `fully_shard` has put on the model before is a cycle
 
         def give_memory(model: Transformer) -> None:
             put_for_inference(model, self.ranks, self.device)
@@ -83,6 +85,9 @@ def run(config: EvaluateConfig, resolved: str) -> None:
     check_vocabulary("model", main, sets)
     check_experts(config, main)
     check_baselines(config, sets)
+    left = len(select_experts(main.experts, config.exclude)) if main.experts else 0
+    for experts in (left, left - 1) if config.leave_one_out and left > 1 else (left,):
+        check_for_inference(replace(main.config, num_experts=experts, active_experts=1), ranks)
     on_first(lambda: claim_directory(output, resolved, "auto"))
     evaluation = Evaluation(config, sets, device, ranks)
     evaluation.add_flex(MODEL, config.exclude, config.active_experts)

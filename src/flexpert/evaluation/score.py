@@ -62,7 +62,7 @@ def score(model: Transformer, data: EvaluationSet, length: int, batch: int, rank
         # Whoever has no batch left runs an empty one: layers are computed together.
         members, block = batches[first + index] if first + index < len(batches) else ([], torch.empty(0, 0))
         if number > 1:
-            shape = (batch, length + 1)
+            shape = (batch, max(block.shape[1] for _, block in batches[first : first + number]))
             block = F.pad(block, (0, shape[1] - block.shape[1], 0, shape[0] - len(block)), value=IGNORE)
         found[first + index] = score_batch(model, members, block.long(), ranks)
     rows = [row for _, part in sorted(ranks.collect(found).items()) for row in part]

@@ -20,7 +20,7 @@ class Stopwatch:
     def now(self) -> float | torch.cuda.Event:
         if not self.on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

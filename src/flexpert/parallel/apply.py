@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from flexpert.config.groups import ParallelConfig
+from flexpert.config.groups import ModelConfig, ParallelConfig
 from flexpert.errors import UserError
 from flexpert.model.moe import MixtureOfExperts
 from flexpert.model.transformer import Transformer
@@ -76,10 +76,11 @@ def put_on_ranks(
     return ranks
 
 
-def put_beside(model: Transformer, ranks: Ranks, device: torch.device) -> None:
-    """The same for another model of these processes."""
+def put_beside(model: Transformer, ranks: Ranks, device: torch.device, compute: torch.dtype | None = None) -> None:
+    """The same for another model of these processes; `compute` as of `apply_parallel`, None: as training computes."""
     if ranks.meshes is not None:
-        apply_parallel(model, ranks.meshes, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        trained_in = torch.bfloat16 if device.type == "cuda" else torch.float32
+        apply_parallel(model, ranks.meshes, compute or trained_in)
     model.to_empty(device=device)
 
 
@@ -97,6 +98,15 @@ def ranks_for_inference(config: ParallelConfig, device: torch.device, is_mixture
     return Ranks(build_meshes(for_inference(layout), device))
 
 
+def check_for_inference(config: ModelConfig, ranks: Ranks) -> None:
+    """Raises `UserError` where a model cannot be held in the layout of these processes."""
+    if ranks.meshes is not None:
+        layout, experts = ranks.meshes.layout, config.num_experts
+        held = layout if experts else replace(layout, expert=1, expert_tensor=1)
+        group_sizes = (experts,) if experts % layout.expert == 0 else (1,) * experts  # as when one was excluded
+        check_layout(held, config, group_sizes, config.max_sequence_length)
+
+
 def put_for_inference(model: Transformer, ranks: Ranks, device: torch.device, one_batch: bool = False) -> None:
     """Give a model on the meta device, dense or a mixture, memory for this process's part.
 
@@ -107,11 +117,8 @@ def put_for_inference(model: Transformer, ranks: Ranks, device: torch.device, on
     Raises:
         UserError: the layout does not fit the model.
     """
+    check_for_inference(model.config, ranks)
     if ranks.meshes is not None:
-        layout, experts = ranks.meshes.layout, model.config.num_experts
-        held = layout if experts else replace(layout, expert=1, expert_tensor=1)
-        group_sizes = (experts,) if experts % layout.expert == 0 else (1,) * experts  # as when one was excluded
-        check_layout(held, model.config, group_sizes, model.config.max_sequence_length)
         split_model(model, ranks.meshes, one_batch)
         if not one_batch:
             shard_data(model, ranks.meshes)
@@ -160,7 +167,8 @@ def shard_data(model: Transformer, meshes: Meshes, compute: torch.dtype | None =
     Gradients are summed, not averaged: the loss is divided by the tokens of the whole step, and the meshes differ.
     `compute` is the type that parameters are gathered in; None: their own.
     """
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # Inputs stay as they are: the tables of the rotation are fp32, whatever products are.
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     dense, experts = meshes.over_data(meshes.dense, "dp"), meshes.over_data(meshes.experts, "edp")
     sharded: list[nn.Module] = []

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from flexpert.parallel import process
 from flexpert.parallel.layout import Layout
 
 
@@ -52,6 +53,7 @@ def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, Device
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=process.timeout / 60,
     )
     ranks, data = torch.arange(layout.num_ranks), parallel_state.get_data_parallel_group()
     if layout.replicas > 1:

@@ -1,6 +1,8 @@
 """The processes of a stage: one, or those that torchrun or srun started, which know each other by the environment."""
 
 import os
+import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,27 +13,36 @@ import torch.distributed as dist
 
 from flexpert.errors import UserError
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
-from flexpert.parallel.pulse import GRACE, LOST_RANK, SILENCE, Pulse
+from flexpert.parallel.pulse import BEAT, GRACE, LOST_RANK, SILENCE, Pulse
 
 T = TypeVar("T")
 
+#: Seconds between two looks at what rank 0 has done.
+POLL = 0.02
+
+timeout = 600.0  # of collectives, seconds
 _pulse: Pulse | None = None
+_turn = 0  # calls of `on_first`, which all ranks make in the same order
 
 
-def join_ranks(device: torch.device, timeout: float) -> torch.device:
+def join_ranks(device: torch.device, seconds: float) -> torch.device:
     """Join the other processes, where there are any; returns this one's device.
 
     Args:
-        timeout: seconds, to meet them and for each collective.
+        seconds: to meet them, and for each collective.
 
     Raises:
         UserError: they cannot be reached.
     """
-    global _pulse
+    global _pulse, timeout
+    timeout = seconds
     if num_ranks() == 1:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get(LOCAL_RANK, "0")))
+        index, count = int(os.environ.get(LOCAL_RANK, "0")), torch.cuda.device_count()
+        if count > 1 and index >= count:
+            raise UserError(f"this machine has {count} GPUs and more processes than that: start {count} on each")
+        device = torch.device("cuda", index if count > 1 else 0)  # srun may show each task its own GPU alone
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -72,12 +83,15 @@ def among_ranks() -> Iterator[None]:
     except BaseException as error:
         if _pulse is not None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
+            patience = 0.0
             if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in reason):
-                _pulse.found.wait(SILENCE + GRACE)
-                if _pulse.lost is not None:
-                    _pulse.over.set()
-                    _pulse.say(_pulse.lost)
-                    raise SystemExit(LOST_RANK) from None
+                patience = SILENCE + GRACE
+            elif isinstance(error, SystemExit):  # SIGTERM: torchrun ends all when one has ended
+                patience = 3 * BEAT
+            if _pulse.found.wait(patience) and _pulse.lost is not None:
+                _pulse.over.set()
+                _pulse.say(_pulse.lost)
+                raise SystemExit(LOST_RANK) from None
             _pulse.tell(reason)
         raise
     leave_ranks()
@@ -89,16 +103,25 @@ def on_first(function: Callable[[], T]) -> T:
     Raises:
         UserError: as `function`, on every rank.
     """
+    global _turn
     if num_ranks() == 1:
         return function()
-    outcome: list[tuple[T | None, str | None]] = [(None, None)]
+    _turn += 1
+    store, key = dist.distributed_c10d._get_default_store(), f"on_first/{_turn}"
     if is_first():
+        outcome: tuple[T | None, str | None]
         try:
-            outcome = [(function(), None)]
+            outcome = function(), None
         except UserError as error:
-            outcome = [(None, str(error))]
-    dist.broadcast_object_list(outcome, 0)
-    result, message = outcome[0]
+            outcome = None, str(error)
+        store.set(key, pickle.dumps(outcome))  # type: ignore[arg-type]
+    else:
+        while not store.check([key]):  # not in a collective, whose time is bounded: this may be the copying of a model
+            if _pulse is not None and _pulse.found.is_set():
+                raise dist.DistError("rank 0 has not answered")
+            time.sleep(POLL)
+        outcome = pickle.loads(store.get(key))
+    result, message = outcome
     if message is not None:
         raise UserError(message, told=not is_first())
     return result  # type: ignore[return-value]

@@ -12,7 +12,7 @@ import threading
 import time
 from datetime import timedelta
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 #: Seconds between two beats; without one for so many, a rank has ended, or its machine has; after so many more, whoever
 #: still waits in a collective is ended.
@@ -30,7 +30,9 @@ class Pulse(threading.Thread):
     def __init__(self, address: str, port: int, rank: int, num_ranks: int) -> None:
         super().__init__(name="pulse", daemon=True)
         self.rank, self.num_ranks = rank, num_ranks
-        self.store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENCE))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENCE))
+        # torchrun may keep the store when it starts all ranks again.
+        self.store = PrefixStore(f"flexpert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.watched = [other for other in (range(num_ranks) if rank == 0 else [0]) if other != rank]
         self.counts: dict[int, tuple[bytes, float]] = {}  # of a watched rank, its last beat and when it was new
         self.lost: str | None = None

@@ -58,13 +58,14 @@ class ValidLoss(Callback):
         size = trainer.config.train.microbatch_sequences
         sums = torch.zeros(2, dtype=torch.double, device=trainer.device)  # negative log-likelihood, targets
         with torch.no_grad(), eagerly(trainer.compiled):
-            # Every rank makes as many forward passes, with sequences that do not count where it has none left.
             for start in range(0, self.num_sequences, size * number):
-                first = min(start + index * size, self.num_sequences - 1)
-                count = min(size, self.num_sequences - first)
-                sequences = self.windows.sequences(first, count)
-                if start + index * size >= self.num_sequences:
-                    sequences = torch.where(sequences < 0, sequences, ~sequences)
+                first, left = start + index * size, self.num_sequences - start
+                if number == 1:
+                    sequences = self.windows.sequences(first, min(size, left))
+                else:  # every rank has as many, for layers are computed together; what is too many does not count
+                    sequences = self.windows.sequences(first, size)
+                    is_extra = (torch.arange(first, first + size) >= self.num_sequences)[:, None]
+                    sequences = torch.where(is_extra & (sequences >= 0), ~sequences, sequences)
                 sums[0] += trainer.losses(sequences).nll
                 sums[1] += (sequences[:, 1:] >= 0).sum()  # a negative id marks one that is not predicted
         reshard(trainer.model)
@@ -178,7 +179,7 @@ class Profile(Callback):
         print(f"profile in {path}", flush=True)
         spent = collective_seconds(self.profiler)
         self.profiler = None
-        return {"communication_seconds": spent / (step - self.steps[0] + 1)} if num_ranks() > 1 else {}
+        return {"communication_seconds": spent / max(1, step - self.steps[0] + 1)} if num_ranks() > 1 else {}
 
 
 def collective_seconds(profiler: torch.profiler.profile) -> float:
@@ -186,7 +187,7 @@ def collective_seconds(profiler: torch.profiler.profile) -> float:
     events = profiler.key_averages()
     on_gpu = sum(event.self_device_time_total for event in events if event.key.startswith("ncclDevKernel"))
     on_cpu = sum(event.cpu_time_total for event in events if event.key.startswith("gloo:"))
-    return (on_gpu + on_cpu) / 1e6
+    return float(on_gpu + on_cpu) / 1e6
 
 
 class MemorySnapshot(Callback):

@@ -5,6 +5,7 @@ construction (no gradient, no optimiser state, no copy in another type), the own
 experts run on every token; the router sets only the mixture.
 """
 
+import gc
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ def run(config: ExpertConfig, resolved: str) -> None:
         print(f"{contribution} is complete")
         return
 
+    check_batch(config, is_mixture=True)
     device = set_up_process(config.train.device, config.parallel)
     inputs = {"base": on_first(lambda: base_digest(base.path))}
     if config.public_data is not None:
@@ -74,12 +76,13 @@ def run(config: ExpertConfig, resolved: str) -> None:
     steps = config.router.calibration_steps
     calibration = mixed_windows(config, config.router.calibration_public_share) if steps else None
     model, ranks = build_job(base, config, device)
-    check_batch(config.train, ranks)
     trainer = Trainer(model, config, "expert", manifest, device, resolved, windows, inputs, ranks)
     on_first(lambda: claim_directory(output, resolved, config.resume))
     trainer.run()
     if calibration is not None:
+        del trainer  # its optimiser's state
         model = for_calibration(model, ranks, device)
+        gc.collect()
         short = calibration_config(config)
         Path(short.output_dir).mkdir(exist_ok=True)
         recorded = yaml.safe_dump(asdict(short))  # for W&B, where it is a run of its own
@@ -99,8 +102,8 @@ def run(config: ExpertConfig, resolved: str) -> None:
             architecture=base.architecture,
             router=router_facts(config),
             training={
-                "steps": trainer.num_steps,
-                "tokens": trainer.num_steps * config.train.batch_tokens,
+                "steps": config.train.num_steps,
+                "tokens": config.train.num_steps * config.train.batch_tokens,
                 "public_share": config.public_share,
                 "calibration_steps": steps,
             },
@@ -200,14 +203,16 @@ def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) 
         config.name,
         device,
     )
-    set_rows(model, start)
+    rows, biases = on_first(lambda: (start.rows.cpu(), start.biases.cpu()))  # the same to the bit on every rank
+    set_rows(model, RouterStart(rows, biases))
+    gc.collect()  # the public model, which `fully_shard` has made a cycle of
     return model, ranks
 
 
 def load_public(base: ModelDirectory, ranks: Ranks, device: torch.device) -> Transformer:
     """The public model, whole streams of which every process sees: all read the same documents."""
     model = build_on_meta(base.config).requires_grad_(False)
-    put_beside(model, ranks.without_sequence(), device)
+    put_beside(model, ranks.without_sequence(), device, torch.float32)  # as in one process
     fill(model, tensor_map(base.config), base.files)
     return model.eval()
 

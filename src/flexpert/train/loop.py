@@ -4,6 +4,7 @@ Shapes: B sequences of a microbatch, S positions, T = B·S tokens, D residual wi
 """
 
 import contextlib
+import resource
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from flexpert.lock import exclusive
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.monitor.stopwatch import Stopwatch
-from flexpert.parallel.environment import is_first
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
 from flexpert.parallel.recompute import recompute_blocks
@@ -95,9 +95,12 @@ class Trainer:
             valid = TokenWindows(manifest.directory, "valid", length, config.seed, loss_mask=True)
             self.callbacks.append(ValidLoss(valid, config.train.evaluation_interval, sequences))
         self.callbacks.append(Utilisation())
-        if is_first():
+
+        def write_records() -> None:
             self.callbacks += diagnostics(config.monitor, self.output)
             self.callbacks.append(Records(stage, self.output, config.monitor, resolved))
+
+        on_first(write_records)
         if config.checkpoint.interval is not None:
             self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint.interval, config.checkpoint.keep))
 
@@ -122,7 +125,12 @@ class Trainer:
         Raises:
             UserError: as `restore`; another process trains in this directory; no step has a finite loss any more.
         """
-        with exclusive(self.output) if is_first() else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+
+            def lock() -> None:
+                stack.enter_context(exclusive(self.output))
+
+            on_first(lock)
             self.restore()
             self.tell_repetition()
             self.model.train()
@@ -234,6 +242,6 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory so far, bytes: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not `getrusage`: a process that was forked has its parent's size in it.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    with contextlib.suppress(OSError, IndexError):  # a process that was forked has its parent's size in `getrusage`
+        return int(Path("/proc/self/status").read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

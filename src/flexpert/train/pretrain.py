@@ -10,14 +10,13 @@ from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.distributed import directory_of_all
 from flexpert.checkpoint.huggingface import fill, save_model, tensor_map
 from flexpert.checkpoint.sharding import assign
-from flexpert.config.groups import TrainConfig
-from flexpert.config.stages import PretrainConfig
+from flexpert.config.stages import PretrainConfig, TrainingStage
 from flexpert.data.dataset import DataManifest, read_manifest
 from flexpert.data.mixture import training_windows
 from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
-from flexpert.parallel.apply import put_on_ranks
+from flexpert.parallel.apply import layout_of, put_on_ranks
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
 from flexpert.stage import check_directory, claim_directory, set_up_process
@@ -30,6 +29,7 @@ def run(config: PretrainConfig, resolved: str) -> None:
     """Train, and write `output_dir/model` as an `Olmo2ForCausalLM` directory."""
     manifest = read_manifest(Path(config.data.dir))
     output = Path(config.output_dir)
+    check_batch(config, is_mixture=False)
     device = set_up_process(config.train.device, config.parallel)
     check_directory(output, resolved, config.resume)
     if (output / "model").exists():
@@ -39,7 +39,6 @@ def run(config: PretrainConfig, resolved: str) -> None:
     windows = training_windows(config.data, config.train.sequence_length, config.seed, num_sequences)
     build = build_model if config.base is None else load_base
     model, ranks = build(config, manifest, device)
-    check_batch(config.train, ranks)
     trainer = Trainer(model, config, "pretrain", manifest, device, resolved, windows, ranks=ranks)
     on_first(lambda: claim_directory(output, resolved, config.resume))
     trainer.run()
@@ -49,9 +48,9 @@ def run(config: PretrainConfig, resolved: str) -> None:
     print(output / "model")
 
 
-def check_batch(train: TrainConfig, ranks: Ranks) -> None:
+def check_batch(config: TrainingStage, is_mixture: bool) -> None:
     """Raises `UserError` where the sequences of a step cannot be dealt out to the processes."""
-    number = ranks.share[1]
+    train, number = config.train, layout_of(config.parallel, is_mixture).data or 1
     if train.batch_sequences % (number * train.microbatch_sequences):
         raise UserError(
             f"train.batch_tokens={train.batch_tokens} is {train.batch_sequences} sequences, which {number} processes "

@@ -46,6 +46,7 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
         return
+    check_batch(config, is_mixture=True)
     device = set_up_process(config.train.device, config.parallel)
     on_first(lambda: verify_model(source))  # an altered model is not trained on, and not only not copied
     check_tokenizer(source, manifest)
@@ -61,7 +62,6 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
         ranks = put_on_ranks(model, config.parallel, config.train.sequence_length, device)
 
     model, directory = load_model(source, active_experts=config.active_experts, give_memory=give_memory)
-    check_batch(config.train, ranks)
     inputs = {"model": sha256_file(source / "assembly.json")}
     trainer = Trainer(model, config, "tune_router", manifest, device, resolved, inputs=inputs, ranks=ranks)
     on_first(lambda: claim_directory(output, resolved, config.resume))
