@@ -223,7 +223,16 @@ def check_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES, ids=[f"{kind}: {layout}" for kind, layout in CASES])
+def layouts() -> list[Any]:
+    """Those of two processes are quick."""
+    slow = {4: [pytest.mark.slow]}
+    return [
+        pytest.param(kind, layout, id=f"{kind}: {layout}", marks=slow.get(layout.num_ranks, []))
+        for kind, layout in CASES
+    ]
+
+
+@pytest.mark.parametrize(("kind", "layout"), layouts())
 def test_every_layout_trains_as_one_process(
     kind: str, layout: Layout, alone: dict[str, tuple[Course, Path | None]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -19,6 +19,8 @@ from flexpert.cli import main
 from flexpert.parallel import pulse
 from flexpert.train.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 def free_port() -> int:
     with socket.socket() as found:

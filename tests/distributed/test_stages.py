@@ -34,6 +34,9 @@ def cases(*layouts: Case) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("layout", layouts, ids=[name for name, _, _ in layouts])
 
 
+pytestmark = pytest.mark.slow
+
+
 class Stopped(BaseException):
     """In place of a signal that reaches every rank at once."""
 
@@ -229,7 +232,6 @@ def smoke_nodes(output: Path) -> list[Node]:
     return [node for node in nodes if node.stage != "report"]
 
 
-@pytest.mark.slow
 @cases(DATA, TENSOR, EXPERT)
 def test_the_smoke_pipeline_gives_the_same_evaluation(smoke: Path, tmp_path: Path, layout: Case) -> None:
     name, number, keys = layout
