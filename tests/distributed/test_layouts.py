@@ -170,7 +170,7 @@ def write(model: Transformer, folder: Path, tokenizer: Tokenizer) -> None:
 
 
 BAD = [
-    (KINDS["dense"], Layout(6, 4), "6 ranks do not divide into groups of 4 and of 1 x 1"),
+    (KINDS["dense"], Layout(6, 4), "6 ranks do not divide by parallel.tensor=4"),
     (KINDS["dense"], Layout(8, 8), "4 attention heads do not divide by parallel.tensor=8"),
     (KINDS["dense"], Layout(2, expert=2), "a dense model has no experts to share"),
     (KINDS["2 of 4"], Layout(4, 2, expert=2), "parallel.sequence=true"),

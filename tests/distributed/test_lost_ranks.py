@@ -115,12 +115,14 @@ def test_a_mistake_of_all_is_said_once(road: Path, tmp_path: Path) -> None:
     words = ["pretrain", *with_toy(*SHAPE, f"data.dir={road}/data/public", f"output_dir={tmp_path}/run")]
     statuses, errors = run_main(2, [*words, "parallel.tensor=4"], tmp_path)
     (told,) = said(errors)
-    assert statuses == [2, 2] and "2 ranks do not divide into groups of 4" in told and "what would do" in told
+    assert statuses == [2, 2] and "2 ranks do not divide by parallel.tensor=4" in told and "what would do" in told
     statuses, errors = run_main(2, [*words, "parallel.data=3"], tmp_path)
     (told,) = said(errors)
     assert statuses == [2, 2] and "are not the 2 processes" in told
     statuses, errors = run_main(2, [*words, "parallel.tensr=2"], tmp_path)
     assert statuses == [2, 2] and len(said(errors)) == 1
+    statuses, errors = run_main(1, [*words, "parallel.tensor=2"], tmp_path)
+    assert statuses == [2] and "start them with torchrun --nproc-per-node 2" in said(errors)[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -147,6 +149,7 @@ def test_torchrun_starts_it_and_a_mistake_is_said_once(road: Path, tmp_path: Pat
              f"output_dir={tmp_path}/run")]  # fmt: skip
     done = subprocess.run([*torchrun, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     assert done.stdout.endswith(f"{tmp_path}/run/model\n") and done.stdout.count("step 6/6") == 1
     done = subprocess.run(
         [*torchrun, *words[:-1], "parallel.tensor=3", f"output_dir={tmp_path}/other"],
@@ -155,4 +158,4 @@ def test_torchrun_starts_it_and_a_mistake_is_said_once(road: Path, tmp_path: Pat
         check=False,
     )
     (told,) = said([done.stderr])
-    assert done.returncode != 0 and "2 ranks do not divide into groups of 3" in told
+    assert done.returncode != 0 and "2 ranks do not divide by parallel.tensor=3" in told

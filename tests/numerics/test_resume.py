@@ -88,8 +88,14 @@ class Run:
 
     def start(self) -> None:
         self.seen.clear()
+        initialise = Trainer.__init__
+
+        def watched(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            initialise(trainer, *args, **kwargs)
+            trainer.callbacks.append(Watch(self, trainer.output))
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flexpert.train.loop.diagnostics", lambda config, directory: [Watch(self, directory)])
+            patch.setattr(Trainer, "__init__", watched)
             STAGES[self.stage](self.config, self.resolved)
 
     def image(self, moment: Moment) -> Path:

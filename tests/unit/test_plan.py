@@ -371,7 +371,7 @@ def test_the_command_prints_what_to_book(capsys: pytest.CaptureFixture[str]) -> 
     ("words", "parts"),
     [
         (["nodes=1", "cluster.memory_gib=20"], ("pretrain: no layout fits 1 x 8 H100 of 20 GiB", "the least is")),
-        (["parallel.tensor=3"], ("64 ranks do not divide into groups of 3", "what would do: parallel.tensor=")),
+        (["parallel.tensor=3"], ("64 ranks do not divide by parallel.tensor=3", "what would do: parallel.tensor=")),
         (["parallel.expert=3", "stage=tune_router"], ("what would do: parallel.tensor=",)),
         (["model=tiny"], ("plan needs model.vocab_size=…",)),
         (["nodes=3"], ("microbatches of a step do not divide",)),

@@ -135,12 +135,12 @@ class ParallelConfig(Lockable):
 
     threads: int | None = opt(None, "CPU threads of a process; null: PyTorch's choice")
     tensor: int = opt(1, "processes that share attention heads, FFN width and vocabulary on the same sequences")
-    sequence: bool = opt(False, "with tensor > 1: these share the positions of the residual stream, too")
+    sequence: bool = opt(False, "in training with tensor > 1: these share the positions of the residual stream, too")
     expert: int = opt(1, "processes that share the experts; an expert job's share both experts' FFN width")
     expert_tensor: int | None = opt(None, "processes that share each expert's FFN width; null: as tensor")
     data: int = opt(-1, "processes, or tensor groups, with other sequences, which share optimiser state; -1: the rest")
 
-    replicas: int = opt(1, "copies of the sharded state (hybrid sharding), as one on each node; 1: none but the shards")
+    replicas: int = opt(1, "in training: copies of the sharded state (hybrid sharding), as one on each node")
 
     timeout: float = opt(600.0, "seconds to wait for the other processes: to meet them, and in each collective")
 

@@ -74,7 +74,7 @@ def run(config: EvaluateConfig, resolved: str) -> None:
     """
     output, main = Path(config.output_dir), ModelDirectory.open(Path(config.model))
     device = set_up_process(config.device, config.parallel)
-    ranks = ranks_for_inference(config.parallel, device, is_mixture=bool(main.experts))
+    ranks = ranks_for_inference(config.parallel, device, main.config)
     sets = [
         load_set(name, Path(path), config.data.split, config.data.max_documents)
         for name, path in config.data.dirs.items()

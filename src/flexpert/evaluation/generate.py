@@ -32,8 +32,7 @@ def run(config: GenerateConfig, resolved: str) -> None:
     many = config.prompts_file is not None
     prompts = on_first(lambda: read_prompts(config))
     encoded = tokenizer.encode_batch(prompts)
-    is_mixture = bool(ModelDirectory.open(Path(config.model)).experts)
-    ranks = ranks_for_inference(config.parallel, device, is_mixture)
+    ranks = ranks_for_inference(config.parallel, device, ModelDirectory.open(Path(config.model)).config)
     model, _ = load_model(
         Path(config.model),
         exclude=config.exclude,

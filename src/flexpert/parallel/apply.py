@@ -13,6 +13,7 @@ The model arrives on the meta device and leaves with memory for this rank's part
 `checkpoint.huggingface.fill` or `model.transformer.initialise`.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -41,6 +42,13 @@ def layout_of(config: ParallelConfig, is_mixture: bool) -> Layout:
         UserError: they are for another number of processes.
     """
     width = config.expert_tensor or (config.tensor if is_mixture else 1)
+    shares = {"tensor": config.tensor, "expert": config.expert, "expert_tensor": width, "replicas": config.replicas}
+    for key, number in shares.items():
+        if number > 1 and num_ranks() == 1:
+            raise UserError(
+                f"parallel.{key}={number} needs several processes, and this is one: start them with "
+                f"torchrun --nproc-per-node {number} -m flexpert …, or with srun"
+            )
     sequence = config.sequence and config.tensor > 1
     layout = Layout(num_ranks(), config.tensor, config.expert, width, sequence, config.replicas)
     if config.data not in (-1, layout.data):
@@ -84,18 +92,19 @@ def put_beside(model: Transformer, ranks: Ranks, device: torch.device, compute: 
     model.to_empty(device=device)
 
 
-def ranks_for_inference(config: ParallelConfig, device: torch.device, is_mixture: bool) -> Ranks:
+def ranks_for_inference(config: ParallelConfig, device: torch.device, model: ModelConfig) -> Ranks:
     """The processes of a stage that trains nothing, in the layout that `for_inference` makes of the settings.
 
     Raises:
-        UserError: the settings do not fit the processes.
+        UserError: the settings do not fit the processes or the model.
     """
-    layout = layout_of(config, is_mixture)
+    layout = layout_of(config, model.num_experts > 0)
     if layout.num_ranks == 1:
         return Ranks()
-    if layout.num_ranks % layout.tensor or layout.num_ranks % (layout.expert * layout.expert_tensor):
-        raise UserError(f"{layout.num_ranks} processes do not divide by {layout}")
-    return Ranks(build_meshes(for_inference(layout), device))
+    if layout.num_ranks % layout.tensor == 0 and layout.num_ranks % (layout.expert * layout.expert_tensor) == 0:
+        layout = for_inference(layout)
+    check_layout(layout, model, (model.num_experts,), model.max_sequence_length)
+    return Ranks(build_meshes(layout, device))
 
 
 def check_for_inference(config: ModelConfig, ranks: Ranks) -> None:
@@ -170,6 +179,8 @@ def shard_data(model: Transformer, meshes: Meshes, compute: torch.dtype | None =
     # Inputs stay as they are: the tables of the rotation are fp32, whatever products are.
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    # Nothing changes a module's output in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     dense, experts = meshes.over_data(meshes.dense, "dp"), meshes.over_data(meshes.experts, "edp")
     sharded: list[nn.Module] = []
 

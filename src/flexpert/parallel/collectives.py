@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 
+# PyTorch 2.13 has renamed them.
+_gather = getattr(functional, "all_gather_single", functional.all_gather_tensor)
+_scatter = getattr(functional, "reduce_scatter_single", functional.reduce_scatter_tensor)
+
 
 def waited(x: Tensor) -> Tensor:
     done: Tensor = functional.wait_tensor(x)  # type: ignore[no-untyped-call]
@@ -25,7 +29,7 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Every rank's part, end to end along `dim`, in the order of the ranks; parts are of equal size."""
     moved = x.movedim(dim, 0).contiguous()
-    out = waited(functional.all_gather_tensor(moved, 0, group))
+    out = waited(_gather(moved, 0, group))
     return out.movedim(0, dim).contiguous()  # once, and not in each of the products that read it
 
 
@@ -33,7 +37,7 @@ def sum_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """This rank's part along `dim` of the sum over ranks."""
     moved = x.movedim(dim, 0).contiguous()
     assert moved.shape[0] % group.size() == 0, "parts are of equal size"
-    return waited(functional.reduce_scatter_tensor(moved, "sum", 0, group)).movedim(0, dim)
+    return waited(_scatter(moved, "sum", 0, group)).movedim(0, dim)
 
 
 def exchange(x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:

@@ -51,8 +51,10 @@ class Layout:
 def problem(layout: Layout, model: ModelConfig, group_sizes: tuple[int, ...], sequence_length: int) -> str | None:
     """Why this model cannot be held so; None: it can."""
     tensor, etp, ep = layout.tensor, layout.expert_tensor, layout.expert
-    if layout.num_ranks % tensor or layout.num_ranks % (ep * etp):
-        return f"{layout.num_ranks} ranks do not divide into groups of {tensor} and of {ep} x {etp}"
+    if layout.num_ranks % tensor:
+        return f"{layout.num_ranks} ranks do not divide by parallel.tensor={tensor}"
+    if layout.num_ranks % (ep * etp):
+        return f"{layout.num_ranks} ranks do not divide by parallel.expert={ep} x parallel.expert_tensor={etp}"
     for noun, number in (("data ranks", layout.data), ("data ranks of an expert", layout.expert_data)):
         if number % layout.replicas:
             return f"{number} {noun} do not divide by parallel.replicas={layout.replicas}"

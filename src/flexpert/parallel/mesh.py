@@ -5,6 +5,7 @@ of them, and that they agree is asserted once.
 """
 
 import functools
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +47,9 @@ def build_meshes(layout: Layout, device: torch.device) -> Meshes:
 @functools.cache
 def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, DeviceMesh, ProcessGroup]:
     """The dense and the expert mesh and the data group, over megatron-core's groups; only replicas have their own."""
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells of parts of its own that are not installed and that we do not use
+        from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
