@@ -173,7 +173,12 @@ def test_workers_end_with_what_started_them(sent: signal.Signals, tokenizer: Tok
     (tmp_path / "a.jsonl").write_bytes(LINES * 5000)  # a minute's work
     words = ["prepare", f"data.documents={tmp_path}/a.jsonl", f"tokenizer={tokenizer.directory}",
              "parallel.num_workers=2", f"output_dir={tmp_path}/out"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "flexpert", *words], stderr=subprocess.PIPE, text=True)
+    # A shell starts what it runs in the background with SIGINT ignored, and its children inherit that.
+    heeding = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", heeding, sys.executable, "-m", "flexpert", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(children(process.pid)) < 3 and time.monotonic() < deadline:  # two workers and their resource tracker
         time.sleep(0.05)
@@ -181,11 +186,7 @@ def test_workers_end_with_what_started_them(sent: signal.Signals, tokenizer: Tok
     assert len(workers) == 3
     time.sleep(1)  # they are at work
     process.send_signal(sent)
-    try:
-        _, errors = process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:  # one that arrives while Python imports or cleans up can be lost: again
-        process.send_signal(sent)
-        _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     while any(map(runs, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(runs, workers))

@@ -103,17 +103,22 @@ def ranks_for_inference(config: ParallelConfig, device: torch.device, model: Mod
         return Ranks()
     if layout.num_ranks % layout.tensor == 0 and layout.num_ranks % (layout.expert * layout.expert_tensor) == 0:
         layout = for_inference(layout)
-    check_layout(layout, model, (model.num_experts,), model.max_sequence_length)
+    check_held(model, layout)
     return Ranks(build_meshes(layout, device))
 
 
 def check_for_inference(config: ModelConfig, ranks: Ranks) -> None:
     """Raises `UserError` where a model cannot be held in the layout of these processes."""
     if ranks.meshes is not None:
-        layout, experts = ranks.meshes.layout, config.num_experts
-        held = layout if experts else replace(layout, expert=1, expert_tensor=1)
-        group_sizes = (experts,) if experts % layout.expert == 0 else (1,) * experts  # as when one was excluded
-        check_layout(held, config, group_sizes, config.max_sequence_length)
+        check_held(config, ranks.meshes.layout)
+
+
+def check_held(config: ModelConfig, layout: Layout) -> None:
+    """Raises `UserError` where a model that nothing trains cannot be held so; experts may be split by width alone."""
+    experts = config.num_experts
+    held = layout if experts else replace(layout, expert=1, expert_tensor=1)
+    group_sizes = (experts,) if experts % layout.expert == 0 else (1,) * experts  # as when one was excluded
+    check_layout(held, config, group_sizes, config.max_sequence_length)
 
 
 def put_for_inference(model: Transformer, ranks: Ranks, device: torch.device, one_batch: bool = False) -> None:
