@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from corpus import content, json_lines, make_texts, make_tokenizer, manifest, prepare
+from processes import children, runs
 
 from flexpert.data import documents, encode, progress
 from flexpert.data.tokenizer import Tokenizer
@@ -154,18 +155,6 @@ def test_a_full_disk_is_named_and_nothing_is_left(num_workers: int, tokenizer: T
     assert done.returncode == 2, done.stderr
     assert done.stderr == f"flexpert: {tmp_path}/out cannot be written: File too large; nothing is left of it\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "run.py"]
-
-
-def children(process_id: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
-
-
-def runs(process_id: int) -> bool:
-    """Whether it is there and no zombie."""
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
