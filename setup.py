@@ -48,6 +48,7 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
         "embed": EMBED,
+        "te": ["transformer-engine[pytorch]>=2.15,<3"],
         "test": [*TEST, *EMBED, "wandb>=0.19,<1"],
     },
 )

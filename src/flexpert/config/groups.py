@@ -7,10 +7,11 @@ the config is composed. `flexpert.config.compose` turns a command line into one 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from omegaconf import MISSING
 
+from flexpert.config.accelerators import names
 from flexpert.config.options import (
     Lockable,
     check_choice,
@@ -25,9 +26,29 @@ WANDB_MODES = ("off", "offline", "online", "auto")
 
 
 @dataclass
-class ModelConfig(Lockable):
-    """Group `model`: the shape of an OLMo2 model (`num_experts=0`) or a FlexOlmo mixture."""
+class ComputeConfig(Lockable):
+    """Keys of the group `model` that say what a run computes with. A saved model does not know them."""
 
+    norm: str = opt(
+        "torch",
+        "what computes RMSNorm: torch, te (transformer-engine) or apex; the two need CUDA and parallel.tensor=1, and "
+        "such a model is not compiled",
+    )
+    attention: str = opt("sdpa", "what computes attention: sdpa (PyTorch) or, likewise, te (transformer-engine)")
+
+    def check(self) -> None:
+        check_choice("model.norm", self.norm, names("model.norm"))
+        check_choice("model.attention", self.attention, names("model.attention"))
+
+
+@dataclass
+class ModelConfig(ComputeConfig):
+    """Group `model`: the shape of an OLMo2 model (`num_experts=0`) or a FlexOlmo mixture, and how it is computed."""
+
+    linear: str = opt(
+        "torch",
+        "what computes the blocks' linear layers in pretraining: torch or, likewise, te_fp8 (transformer-engine's fp8)",
+    )
     hidden_size: int = opt(MISSING, "width of the residual stream, D")
     num_layers: int = opt(MISSING, "decoder blocks, L")
     num_heads: int = opt(MISSING, "attention heads")
@@ -41,6 +62,15 @@ class ModelConfig(Lockable):
     rms_norm_eps: float = opt(1e-6, "epsilon of every RMSNorm")
     rope_theta: float = opt(500_000.0, "base of the rotary frequencies")
     initializer_range: float = opt(0.02, "standard deviation of the initial weights")
+
+    def computed_as(self, run: ComputeConfig) -> "ModelConfig":
+        """This shape, computed as `run` says."""
+        return replace(self, **{field.name: getattr(run, field.name) for field in fields(ComputeConfig)})
+
+    @property
+    def is_accelerated(self) -> bool:
+        """Whether other modules than PyTorch's and ours compute a part of it."""
+        return (self.norm, self.attention, self.linear) != ("torch", "sdpa", "torch")
 
     @property
     def kv_heads(self) -> int:
@@ -79,6 +109,8 @@ class ModelConfig(Lockable):
         return self.num_trunk_params() + active * self.num_ffn_params() + self.num_router_params()
 
     def check(self) -> None:
+        super().check()
+        check_choice("model.linear", self.linear, names("model.linear"))
         check_positive("model", self, "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
         check_positive("model", self, "vocab_size", "max_sequence_length", "active_experts")
         check_positive("model", self, "rms_norm_eps", "rope_theta", "initializer_range")
@@ -106,6 +138,7 @@ class ModelConfig(Lockable):
 class OptimConfig(Lockable):
     """Group `optim`: AdamW and its schedule. A learning rate is per step, tokens do not scale it."""
 
+    adam: str = opt("torch", "what computes AdamW: torch or, on CUDA, te (transformer-engine) or apex (one process)")
     lr: float = opt(9e-4, "peak learning rate")
     router_lr: float | None = opt(None, "peak learning rate of router rows and biases; null: optim.lr")
     betas: list[float] = opt([0.9, 0.95], "AdamW's decay rates")
@@ -120,6 +153,7 @@ class OptimConfig(Lockable):
     )
 
     def check(self) -> None:
+        check_choice("optim.adam", self.adam, names("optim.adam"))
         check_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
         check_positive("optim", self, "lr", "router_lr", "eps", "grad_clip", "horizon_steps")
         check_not_negative("optim", self, "weight_decay", "warmup_steps", "final_lr_ratio")

@@ -85,16 +85,20 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
         assert mask_B1SS is not None or length in (1, key.shape[2])
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask_B1SS,
-            is_causal=mask_B1SS is None and length > 1,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        out = self.attend(query, key, value, mask_B1SS)
         projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         return projected
+
+    def attend(self, query_BHSC: Tensor, key_BGSC: Tensor, value_BGSC: Tensor, mask: Tensor | None) -> Tensor:
+        """Values weighted by the softmax of scores, [B, H, S, C]."""
+        return F.scaled_dot_product_attention(
+            query_BHSC,
+            key_BGSC,
+            value_BGSC,
+            attn_mask=mask,
+            is_causal=mask is None and query_BHSC.shape[2] > 1,
+            enable_gqa=query_BHSC.shape[1] != key_BGSC.shape[1],
+        )
 
 
 def document_mask(document_ids_BS: Tensor, dtype: torch.dtype) -> Tensor:

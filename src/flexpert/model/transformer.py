@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexpert.config.groups import ModelConfig
+from flexpert.model.accelerate import accelerate
 from flexpert.model.attention import Attention, KeyValueCache, document_mask, rotary_tables
 from flexpert.model.moe import FeedForward, MixtureOfExperts
 from flexpert.model.norm import RMSNorm
@@ -113,7 +114,10 @@ class Transformer(nn.Module):
 def build_on_meta(config: ModelConfig, group_sizes: tuple[int, ...] | None = None) -> Transformer:
     """The model's structure with no memory behind it."""
     with torch.device("meta"):
-        return Transformer(config, group_sizes)
+        model = Transformer(config, group_sizes)
+    if config.is_accelerated:
+        accelerate(model, config)
+    return model
 
 
 @torch.no_grad()

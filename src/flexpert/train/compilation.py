@@ -22,7 +22,7 @@ def compiles(config: TrainConfig, model: Transformer, device: torch.device) -> b
     Raises:
         UserError: it is to, whatever it costs, and there is no compiler.
     """
-    if config.compile == "false":
+    if config.compile == "false" or model.config.is_accelerated:
         return False
     flops = flops_per_token(model, config.sequence_length).total * config.num_steps * config.batch_tokens
     if config.compile == "auto" and flops < PAYS.get(device.type, float("inf")):

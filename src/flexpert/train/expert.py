@@ -19,6 +19,7 @@ from flexpert.checkpoint.digest import base_digest, tokenizer_digest
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import fill, job_tensor_map, tensor_map
 from flexpert.checkpoint.sharding import assign, gather_to_first, local_part
+from flexpert.config.accelerators import check_usable
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import ExpertConfig
 from flexpert.contribution.pack import pack
@@ -29,7 +30,7 @@ from flexpert.data.mixture import MixedWindows, training_windows
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta
 from flexpert.parallel.apply import put_beside, put_on_ranks
-from flexpert.parallel.environment import is_first
+from flexpert.parallel.environment import is_first, num_ranks
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
 from flexpert.stage import check_directory, claim_directory, set_up_process
@@ -65,6 +66,7 @@ def run(config: ExpertConfig, resolved: str) -> None:
 
     check_batch(config, is_mixture=True)
     device = set_up_process(config.train.device, config.parallel)
+    check_usable(config, device.type, num_ranks())
     inputs = {"base": on_first(lambda: base_digest(base.path))}
     if config.public_data is not None:
         public = read_manifest(Path(config.public_data))
@@ -185,7 +187,7 @@ def job_config(base: ModelConfig, bias: bool) -> ModelConfig:
 
 def build_job(base: ModelDirectory, config: ExpertConfig, device: torch.device) -> tuple[Transformer, Ranks]:
     """The two-expert model: all of the public model, the second FFN a copy of the first, rows as configured."""
-    model = build_on_meta(job_config(base.config, config.router.bias), (1, 1))
+    model = build_on_meta(job_config(base.config, config.router.bias).computed_as(config.model), (1, 1))
     train_only(model, lambda name: any(part in name for part in OWN))
     if device.type == "cuda":
         cast_frozen(model, base.require_one_dtype())  # before there is memory behind it: no fp32 copy at any time

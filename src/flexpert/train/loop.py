@@ -19,6 +19,7 @@ from flexpert.data.mixture import MixedWindows, mixture_digests, training_window
 from flexpert.data.prefetch import Prefetch
 from flexpert.errors import UserError
 from flexpert.lock import exclusive
+from flexpert.model.accelerate import precision
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.monitor.stopwatch import Stopwatch
@@ -173,7 +174,7 @@ class Trainer:
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.device.type == "cuda":
             autocast = torch.autocast("cuda", torch.bfloat16)
-        with autocast:
+        with autocast, precision(self.model.config):
             hidden = self.model(tokens_BS, document_ids_BS=ids)
             stream_TD = hidden.stream_BSD.flatten(0, 1)
             chunk = self.config.train.loss_chunk_tokens
@@ -212,7 +213,7 @@ class Trainer:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
             print(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped", flush=True)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         watch.end("optimizer")
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(

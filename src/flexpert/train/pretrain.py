@@ -10,6 +10,7 @@ from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.distributed import directory_of_all
 from flexpert.checkpoint.huggingface import fill, save_model, tensor_map
 from flexpert.checkpoint.sharding import assign
+from flexpert.config.accelerators import check_usable
 from flexpert.config.stages import PretrainConfig, TrainingStage
 from flexpert.data.dataset import DataManifest, read_manifest
 from flexpert.data.mixture import training_windows
@@ -17,6 +18,7 @@ from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
 from flexpert.parallel.apply import layout_of, put_on_ranks
+from flexpert.parallel.environment import num_ranks
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
 from flexpert.stage import check_directory, claim_directory, set_up_process
@@ -31,6 +33,7 @@ def run(config: PretrainConfig, resolved: str) -> None:
     output = Path(config.output_dir)
     check_batch(config, is_mixture=False)
     device = set_up_process(config.train.device, config.parallel)
+    check_usable(config, device.type, num_ranks())
     check_directory(output, resolved, config.resume)
     if (output / "model").exists():
         print(f"{output / 'model'} is complete")
@@ -82,7 +85,7 @@ def load_base(config: PretrainConfig, manifest: DataManifest, device: torch.devi
         raise UserError(f"base={config.base} is a mixture; pretrain goes on from dense models only")
     check_lengths(config.train.sequence_length, directory.config.max_sequence_length)
     check_tokenizer(Path(config.base), manifest)
-    model = build_on_meta(directory.config)
+    model = build_on_meta(replace(directory.config.computed_as(config.model), linear=config.model.linear))
     ranks = put_on_ranks(model, config.parallel, config.train.sequence_length, device)
     fill(model, tensor_map(directory.config), directory.files)
     return model, ranks
