@@ -8,8 +8,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EMBED = ["sentence-transformers>=6,<7"]
+PARALLEL = ["megatron-core==0.16.1"]
 TEST = [
-    "megatron-core==0.16.1",
+    "hypothesis>=6,<7",
     "mypy>=1.18,<3",
     "pyarrow-stubs>=19",
     "pytest>=8,<10",
@@ -17,6 +18,7 @@ TEST = [
     "ruff>=0.14,<0.18",
     "selenium>=4.20,<5",
     "transformers>=5.17,<6",
+    "triton==3.6.0",
     "types-PyYAML",
 ]
 
@@ -48,7 +50,8 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
         "embed": EMBED,
+        "parallel": PARALLEL,
         "te": ["transformer-engine[pytorch]>=2.15,<3"],
-        "test": [*TEST, *EMBED, "wandb>=0.19,<1"],
+        "test": [*TEST, *EMBED, *PARALLEL, "wandb>=0.19,<1"],
     },
 )

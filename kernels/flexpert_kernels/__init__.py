@@ -1,5 +1,6 @@
-"""Expert FFN computation for mixtures of experts. Depends on torch only; importable without Flexpert."""
+"""The expert layer of mixtures of experts, and its kernels. Depends on torch, and on Triton where there is a GPU."""
 
-from flexpert_kernels.moe import dense_mixing, moe_ffn
+from flexpert_kernels.moe.dispatch import lacking
+from flexpert_kernels.moe.layer import combine, dense_mixing, moe_ffn, sort_by_expert, spread
 
-__all__ = ["dense_mixing", "moe_ffn"]
+__all__ = ["combine", "dense_mixing", "lacking", "moe_ffn", "sort_by_expert", "spread"]

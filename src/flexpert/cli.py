@@ -25,6 +25,7 @@ STAGES = {
     "report": ("flexpert.monitor.report:run", "a run → one self-contained page"),
     "pipeline": ("flexpert.launch.pipeline:run", "the whole graph, from text to report"),
     "plan": ("flexpert.planning.plan:run", "model + cluster → memory, time and node-hours, and the layouts that fit"),
+    "tune_kernels": ("flexpert.train.tune_kernels:run", "a model's shape + this machine's GPU → its fastest tiles"),
 }
 
 

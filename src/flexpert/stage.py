@@ -12,7 +12,8 @@ from flexpert.records import write_atomic
 
 #: Keys that may change when a stage is started again in its directory: they do not change what it writes.
 FREE_KEYS = (
-    "monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "device", "train.recompute"
+    "monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "moe_backend", "device",
+    "train.recompute",
 )  # fmt: skip
 
 #: Changed keys that a message spells out.

@@ -19,7 +19,9 @@ from flexpert.config.groups import ModelConfig, OptimConfig
 from flexpert.data.tokenizer import Tokenizer, train_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
+from flexpert.model.moe import ExpertGroup
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
+from flexpert.parallel import collectives
 from flexpert.parallel.apply import apply_parallel, put_for_inference
 from flexpert.parallel.layout import Layout, check_layout, problem
 from flexpert.parallel.mesh import Meshes, build_meshes
@@ -313,6 +315,36 @@ def pass_through(layout: Layout, source: Path, target: Path, tokenizer: Tokenize
     target.mkdir(exist_ok=True)
     writing, _ = growth(lambda: save_model(model, target, tokenizer, torch.float32))
     return reading, writing
+
+
+def events_of_two_layers() -> list[str]:
+    """What a rank does of exchanges and experts in a forward and a backward pass, in its order."""
+    events: list[str] = []
+
+    def told(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            events.append(event)
+            return function(*args)
+
+        return run
+
+    collectives.waited = told("wait", collectives.waited)  # in a process of its own
+    collectives.Way.send = told("send", collectives.Way.send)  # type: ignore[method-assign]
+    ExpertGroup.forward = told("experts", ExpertGroup.forward)  # type: ignore[method-assign]
+    ranks = Ranks(build_meshes(Layout(2, expert=2), torch.device("cpu")))
+    total, _ = losses(build(KINDS["2 of 4"], ranks.meshes), torch.arange(18).view(2, 9), ranks)
+    events.append("backward")
+    total.backward()  # type: ignore[no-untyped-call]
+    return events
+
+
+def test_while_one_half_is_under_way_the_other_is_computed() -> None:
+    forward = ["send", "send", "wait", "experts", "send", "wait", "experts", "send", "wait", "wait"]
+    backward = [event for event in forward if event != "experts"]
+    for events in run_ranks(events_of_two_layers, 2):
+        middle = events.index("backward")  # before it, the parts of the loss are summed over the ranks
+        assert events[:middle] == [*forward, *forward, "wait", "wait"]
+        assert events[middle + 1 :] == [*backward, *backward]
 
 
 @pytest.mark.parametrize("layout", [Layout(4), Layout(4, 4), Layout(4, 2)], ids=str)

@@ -1,10 +1,14 @@
 """Which process this is, under torchrun, under srun, in a batch script and alone."""
 
 import socket
+import sys
 
 import pytest
 
+from flexpert.errors import UserError
 from flexpert.parallel.environment import FIRST_PORT, NUM_PORTS, adopt_slurm
+from flexpert.parallel.layout import Layout
+from flexpert.parallel.mesh import process_groups
 
 JOB = {"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
 STEP = JOB | {"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
@@ -63,3 +67,9 @@ def test_a_meeting_place_that_is_given_stays(given: str) -> None:
 )
 def test_nothing_is_adopted_elsewhere(environment: dict[str, str]) -> None:
     assert adopted(dict(environment)) == {}
+
+
+def test_several_processes_without_megatron_core_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    with pytest.raises(UserError, match=r"several processes need the parallel extra: pip install flexpert\[parallel\]"):
+        process_groups(Layout(2), "cpu")

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from flexpert.config.accelerators import check_chosen
 from flexpert.config.groups import (
     WANDB_MODES,
     BaselinesConfig,
     CheckpointConfig,
+    ComputeConfig,
     EvaluateDataConfig,
     LauncherConfig,
     ModelConfig,
@@ -37,6 +39,9 @@ from flexpert.config.options import (
 
 #: Weights in one file of a model, bytes, as in the models on the Hugging Face Hub.
 MAX_FILE_BYTES = 5 << 30
+#: Of `flexpert_kernels.moe_ffn`.
+MOE_BACKENDS = ("auto", "reference", "dense", "loop", "grouped_mm", "triton")
+MOE_BACKEND = f"what computes experts where not all are active: {', '.join(MOE_BACKENDS)}"
 
 
 @dataclass
@@ -56,6 +61,7 @@ class TrainingStage(Lockable):
     def check(self) -> None:
         check_choice("resume", self.resume, ("auto", "never"))
         check_seed(self.seed)
+        check_chosen(self)
 
     def notes(self) -> list[str]:
         warmup, steps = self.optim.warmup_steps, self.train.num_steps
@@ -72,7 +78,7 @@ class PretrainConfig(TrainingStage):
     """`flexpert pretrain`: a dense public model, from nothing or from an existing one."""
 
     model: ModelConfig = opt(ModelConfig, "")
-    base: str | None = opt(None, "start from this Olmo2ForCausalLM directory; its shape replaces model.*", path="model")
+    base: str | None = opt(None, "start from this Olmo2ForCausalLM directory; its shape replaces model's", path="model")
 
     def check(self) -> None:
         super().check()
@@ -86,6 +92,7 @@ class PretrainConfig(TrainingStage):
 class ExpertConfig(TrainingStage):
     """`flexpert expert`: one owner's expert, trained beside the frozen public model."""
 
+    model: ComputeConfig = opt(ComputeConfig, "")
     base: str = opt(MISSING, "the public model, an Olmo2ForCausalLM directory", path="model")
     name: str = opt(MISSING, "the expert's id: a-z, then a-z, 0-9 and -")
     title: str | None = opt(None, "display name; null: the id")
@@ -137,10 +144,12 @@ class TuneRouterConfig(TrainingStage):
 
     model: str = opt(MISSING, "assembled model directory", path="model")
     active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
+    moe_backend: str = opt("auto", MOE_BACKEND)
 
     def check(self) -> None:
         super().check()
         check_positive("", self, "active_experts")
+        check_choice("moe_backend", self.moe_backend, MOE_BACKENDS)
 
 
 @dataclass
@@ -269,11 +278,13 @@ class EvaluateConfig(Lockable):
     baselines: BaselinesConfig = opt(BaselinesConfig, "")
     sequence_length: int | None = opt(None, "context window, tokens; null: the model's")
     batch_sequences: int = opt(16, "windows in one forward pass")
+    moe_backend: str = opt("auto", MOE_BACKEND)
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     parallel: ParallelConfig = opt(ParallelConfig, "")
     output_dir: str = opt(MISSING, "where evaluation.json goes", path="output")
 
     def check(self) -> None:
+        check_choice("moe_backend", self.moe_backend, MOE_BACKENDS)
         check_positive("", self, "active_experts", "sequence_length", "batch_sequences")
         require(
             all(number > 0 for number in self.sweep_active_experts),
@@ -426,6 +437,19 @@ class PlanConfig(Lockable):
         )
 
 
+@dataclass
+class TuneKernelsConfig(Lockable):
+    """`flexpert tune_kernels`: the fastest tiles of the experts' kernels for a model on this GPU, kept for runs to come."""
+
+    model: str = opt(MISSING, "a named choice of conf/model, such as flex_37b, or a model directory", path="file")
+    tokens: int = opt(8192, "tokens of a microbatch")
+    active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
+    expert_tensor: int = opt(1, "ranks that share each expert's FFN width, as parallel.expert_tensor")
+
+    def check(self) -> None:
+        check_positive("", self, "tokens", "active_experts", "expert_tensor")
+
+
 #: Stage name → schema of its config; `conf/STAGE.yaml` holds the defaults.
 STAGE_CONFIGS: dict[str, type[Lockable]] = {
     "prepare": PrepareConfig,
@@ -440,4 +464,5 @@ STAGE_CONFIGS: dict[str, type[Lockable]] = {
     "report": ReportConfig,
     "pipeline": PipelineConfig,
     "plan": PlanConfig,
+    "tune_kernels": TuneKernelsConfig,
 }

@@ -20,6 +20,7 @@ from flexpert.errors import UserError
 from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
 from flexpert.evaluation.table import print_bits
+from flexpert.model.moe import set_backend
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.apply import check_for_inference, put_for_inference, ranks_for_inference
 from flexpert.parallel.process import on_first
@@ -61,6 +62,7 @@ class Evaluation:
 
         def give_memory(model: Transformer) -> None:
             put_for_inference(model, self.ranks, self.device)
+            set_backend(model, self.config.moe_backend, self.device)
 
         return load_model(path, **{"dtype": None, **options}, device=self.device, give_memory=give_memory)[0]
 

@@ -5,10 +5,11 @@ Shapes: T tokens, D residual width, F FFN width, E experts, K active experts.
 
 import torch
 import torch.nn.functional as F
-from flexpert_kernels import dense_mixing, moe_ffn
+from flexpert_kernels import dense_mixing, lacking, moe_ffn
 from torch import Tensor, nn
 
 from flexpert.config.groups import ModelConfig
+from flexpert.errors import UserError
 from flexpert.model.router import Router, Routing
 
 
@@ -30,12 +31,21 @@ class ExpertGroup(nn.Module):
     """Experts that live in one pair of stacked parameters: gate and up [E, 2, F, D], down [E, D, F].
 
     All experts of a group are frozen or trained together.
+
+    Attributes:
+        backend: of `flexpert_kernels.moe_ffn`.
     """
+
+    backend = "auto"
 
     def __init__(self, num_experts: int, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, ffn_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_size))
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """As the products read them."""
+        return self.gate_up, self.down
 
     def forward(self, x_TD: Tensor, weights: Tensor, indices_TK: Tensor | None = None) -> Tensor:
         """What the group adds to each token, [T, D].
@@ -43,11 +53,17 @@ class ExpertGroup(nn.Module):
         Args:
             x_TD: tokens.
             weights: of all the group's experts, [T, E]; or, with `indices_TK`, of those that they name, [T, K].
-            indices_TK: each token's experts, counted from the group's first; others are held elsewhere.
+            indices_TK: each token's experts, counted from the group's first; negative: held elsewhere.
         """
         if indices_TK is None:
-            return dense_mixing(x_TD, weights, self.gate_up, self.down)
-        return moe_ffn(x_TD, weights, indices_TK, self.gate_up, self.down)
+            return dense_mixing(x_TD, weights, *self.matrices())
+        return moe_ffn(x_TD, weights, indices_TK, *self.matrices(), backend=self.backend, checked=False)
+
+
+def held(indices_TK: Tensor, first: int, size: int) -> Tensor:
+    """Indices counted from a group's first expert; -1: not of its `size` ones."""
+    local_TK = indices_TK - first
+    return torch.where((local_TK >= 0) & (local_TK < size), local_TK, -1)
 
 
 class MixtureOfExperts(nn.Module):
@@ -81,8 +97,22 @@ class MixtureOfExperts(nn.Module):
             if self.all_active:
                 part = group(x_TD, routing.probs_TE[:, first:last].to(x.dtype))
             else:
-                part = group(x_TD, routing.weights_TK.to(x.dtype), routing.indices_TK - first)
+                part = group(x_TD, routing.weights_TK.to(x.dtype), held(routing.indices_TK, first, size))
             y_TD = part if y_TD is None else y_TD + part
             first = last
         assert y_TD is not None
         return y_TD.view_as(x), routing
+
+
+def set_backend(model: nn.Module, backend: str, device: torch.device) -> None:
+    """Choose what computes a model's experts where not all are active; see `flexpert_kernels.moe_ffn`.
+
+    Raises:
+        UserError: the device, or what is installed, does not allow it.
+    """
+    lacks = lacking(device, torch.bfloat16, ()) if backend == "triton" else ""
+    if lacks:
+        raise UserError(f"moe_backend=triton cannot be used: {lacks}; leave moe_backend=auto")
+    for module in model.modules():
+        if isinstance(module, ExpertGroup):
+            module.backend = backend

@@ -40,9 +40,32 @@ def sum_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return waited(_scatter(moved, "sum", 0, group)).movedim(0, dim)
 
 
-def exchange(x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
-    """All-to-all of rows: `sent[r]` consecutive ones go to rank r, `received[r]` come from it."""
-    return waited(functional.all_to_all_single(x.contiguous(), received, sent, group))
+class Way:
+    """The way of an all-to-all of rows.
+
+    Args:
+        sent: how many of them, consecutive ones, go to each rank.
+        received: how many come from each.
+        group: of the ranks.
+
+    Attributes:
+        gradient: the rows' on their way back, from when the backward pass meets the end of the exchange until it meets
+            its start. It cannot be handed on as a gradient: it has the shape of the rows that were sent.
+    """
+
+    def __init__(self, sent: list[int], received: list[int], group: ProcessGroup) -> None:
+        self.sent, self.received, self.group = sent, received, group
+        self.gradient: Tensor | None = None
+
+    def back(self) -> "Way":
+        return Way(self.received, self.sent, self.group)
+
+    def send(self, x: Tensor) -> Tensor:
+        """Rows under way, until `waited` says otherwise."""
+        rows: Tensor = torch.ops._c10d_functional.all_to_all_single(
+            x.contiguous(), self.received, self.sent, self.group.group_name
+        )
+        return rows
 
 
 class _Copy(torch.autograd.Function):
@@ -88,15 +111,28 @@ class _Scatter(torch.autograd.Function):
         return all_gather(grads[0], ctx.dim, ctx.group), None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
-        ctx.received, ctx.sent, ctx.group = received, sent, group
-        return exchange(x, received, sent, group)
+    def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return way.send(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange(grads[0], ctx.sent, ctx.received, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        gradient, ctx.way.gradient = ctx.way.gradient, None
+        return waited(gradient), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return waited(x).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.way.gradient = ctx.way.back().send(grads[0])
+        return grads[0], None
 
 
 def copy_to(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -119,9 +155,17 @@ def scatter_from(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return x if group.size() == 1 else _Scatter.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
-def exchange_rows(x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
-    """As `exchange`; the gradient takes the way back."""
-    if group.size() == 1:
-        return x
-    arrived: Tensor = _Exchange.apply(x, received, sent, group)  # type: ignore[no-untyped-call]
-    return arrived
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def start_exchange(x: Tensor, way: Way) -> Tensor:
+    """Send rows on a way of their own; what is returned, nothing but `finish_exchange` may read.
+
+    Their gradient starts on its way back where the backward pass meets the finish, and is waited for where it meets the
+    start: what is computed between the two, in either direction, goes on beside the exchange.
+    """
+    return _Start.apply(x, way)  # type: ignore[no-untyped-call, no-any-return]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def finish_exchange(x: Tensor, way: Way) -> Tensor:
+    """The rows that arrived."""
+    return _Finish.apply(x, way)  # type: ignore[no-untyped-call, no-any-return]

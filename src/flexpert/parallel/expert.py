@@ -7,19 +7,27 @@ ranks that have its experts, by all-to-all, and come back; none is dropped.
 Shapes: T tokens, D residual width, E experts, K active experts, N = T·K pairs of a token and an expert of its.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from flexpert_kernels import dense_mixing, moe_ffn
+from flexpert_kernels import combine, sort_by_expert, spread
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from flexpert.model.moe import ExpertGroup, MixtureOfExperts
+from flexpert.model.moe import ExpertGroup, MixtureOfExperts, held
 from flexpert.model.router import Routing
 from flexpert.model.transformer import Transformer
-from flexpert.parallel.collectives import copy_to, exchange_rows, gather_to, reduce_from, scatter_from
+from flexpert.parallel.collectives import (
+    Way,
+    copy_to,
+    finish_exchange,
+    gather_to,
+    reduce_from,
+    scatter_from,
+    start_exchange,
+)
 from flexpert.parallel.tensor import distribute, local
 
 
@@ -56,10 +64,27 @@ class ParallelExpertGroup(ExpertGroup):
     first: int
     num_experts: int
 
-    def forward(self, x_TD: Tensor, weights: Tensor, indices_TK: Tensor | None = None) -> Tensor:
-        if indices_TK is None:
-            return dense_mixing(x_TD, weights, local(self.gate_up), local(self.down))
-        return moe_ffn(x_TD, weights, indices_TK, local(self.gate_up), local(self.down))
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return local(self.gate_up), local(self.down)
+
+    def forward(self, x: Tensor | list[Tensor], *arguments: Any) -> Any:
+        """As an `ExpertGroup`; or `answer`, in the same call: `fully_shard` gathers the weights for each."""
+        return super().forward(x, *arguments) if isinstance(x, Tensor) else self.answer(x, *arguments)
+
+    def answer(self, away: list[Tensor], out: list[Way], home: list[Way], choices: list[Tensor]) -> list[Tensor]:
+        """What the experts here make of rows that are under way here; the results are under way back.
+
+        Args:
+            away: of each part of the tokens, the rows, [N, D].
+            out, home: ways that they are on, and that the results take.
+            choices: of each part, each row's expert, [N, 1].
+        """
+        back = []
+        for rows, way, way_back, choice in zip(away, out, home, choices, strict=True):
+            x_ND = finish_exchange(rows, way)
+            y_ND = super().forward(x_ND, torch.ones_like(choice, dtype=x_ND.dtype), choice)
+            back.append(start_exchange(y_ND, way_back))
+        return back
 
 
 class ParallelMixture(MixtureOfExperts):
@@ -100,20 +125,39 @@ class ParallelMixture(MixtureOfExperts):
             if axis not in axes.same_tokens:
                 indices_TK = gather_to(indices_TK, 0, axes.mesh.get_group(axis))
         if together:
-            return axes.leave(axes.leave(group(x_TD, weights_TK, indices_TK - group.first), "ep"), "etp")
-        experts_N, order_N = indices_TK.flatten().sort(stable=True)
-        sent_E = torch.bincount(experts_N, minlength=self.group_sizes[0])
-        received_E = torch.empty_like(sent_E)  # of each rank in turn, the rows for each expert here
-        torch.distributed.all_to_all_single(received_E, sent_E, group=axes.experts)
-        sent = sent_E.view(axes.experts.size(), -1).sum(1).tolist()
-        received = received_E.view(axes.experts.size(), -1).sum(1).tolist()
-        tokens_N = order_N // indices_TK.shape[1]
-        arrived = exchange_rows(x_TD[tokens_N], received, sent, axes.experts)
-        expert_of = torch.arange(group.num_experts, device=x_TD.device).repeat(axes.experts.size())
-        choice = torch.repeat_interleave(expert_of, received_E)[:, None]
-        done = group(arrived, torch.ones_like(choice, dtype=x_TD.dtype), choice)
-        y_ND = exchange_rows(done, sent, received, axes.experts) * weights_TK.flatten()[order_N][:, None]
-        return axes.leave(torch.zeros_like(x_TD).index_add(0, tokens_N, y_ND.to(x_TD.dtype)), "etp")
+            here_TK = held(indices_TK, group.first, group.num_experts)
+            return axes.leave(axes.leave(group(x_TD, weights_TK, here_TK), "ep"), "etp")
+        return axes.leave(self.exchange(group, x_TD, weights_TK, indices_TK), "etp")
+
+    def exchange(self, group: ExpertGroup, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """Rows to the ranks of their experts by all-to-all, and back.
+
+        The tokens are two halves: while one is computed, the other is under way, in the backward pass, too.
+        """
+        ranks, experts = self.axes.experts, self.group_sizes[0]
+        halves = [
+            (x, weights, sort_by_expert(indices, experts))
+            for x, weights, indices in zip(*(t.tensor_split(2) for t in (x_TD, weights_TK, indices_TK)), strict=True)
+        ]
+        sent = torch.stack([order.offsets.diff().view(ranks.size(), -1) for _, _, order in halves], 1)
+        received = torch.empty_like(sent)  # [rank, half, expert of its or of ours]
+        torch.distributed.all_to_all_single(received, sent, group=ranks)
+        # Read once, because that waits for the device: of each half, rows that go to each rank, and that come from it.
+        counts = torch.stack([sent, received]).sum(-1).permute(2, 0, 1).tolist()
+        out = [Way(leaving, arriving, ranks) for leaving, arriving in counts]
+        home = [way.back() for way in out]
+        expert_of = torch.arange(sent.shape[2], device=x_TD.device).repeat(ranks.size())
+        choices = [
+            expert_of.repeat_interleave(received[:, half].flatten(), output_size=sum(way.received))[:, None]
+            for half, way in enumerate(out)
+        ]
+        away = [start_exchange(spread(x, order), way) for (x, _, order), way in zip(halves, out, strict=True)]
+        back = group(away, out, home, choices)
+        done = [
+            combine(finish_exchange(y_ND, way), weights, order)
+            for y_ND, way, (_, weights, order) in zip(back, home, halves, strict=True)
+        ]
+        return torch.cat(done)
 
 
 def apply_expert_parallel(model: Transformer, axes: ExpertAxes) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from flexpert.errors import UserError
 from flexpert.parallel import process
 from flexpert.parallel.layout import Layout
 
@@ -46,10 +47,17 @@ def build_meshes(layout: Layout, device: torch.device) -> Meshes:
 
 @functools.cache
 def process_groups(layout: Layout, device_type: str) -> tuple[DeviceMesh, DeviceMesh, ProcessGroup]:
-    """The dense and the expert mesh and the data group, over megatron-core's groups; only replicas have their own."""
+    """The dense and the expert mesh and the data group, over megatron-core's groups; only replicas have their own.
+
+    Raises:
+        UserError: megatron-core is not installed.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tells of parts of its own that are not installed and that we do not use
-        from megatron.core import parallel_state
+        try:
+            from megatron.core import parallel_state
+        except ImportError:
+            raise UserError("several processes need the parallel extra: pip install flexpert[parallel]") from None
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,

@@ -26,7 +26,7 @@ KEPT = {
         "_scaled_dot_product_cudnn_attention",
     },
     "_c10d_functional": {"all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"},
-    "flexpert": {"grouped_rows", "grouped_outer"},
+    "flexpert": {"loop_rows", "grouped_rows", "up", "rows"},
 }
 
 

@@ -19,10 +19,13 @@ from flexpert.checkpoint.digest import dtype_name, tensor_bytes
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import load_model
 from flexpert.checkpoint.sharding import gather_to_first
+from flexpert.config.accelerators import check_usable
 from flexpert.config.stages import TuneRouterConfig
 from flexpert.data.dataset import read_manifest
+from flexpert.model.moe import set_backend
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.apply import put_on_ranks
+from flexpert.parallel.environment import num_ranks
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
 from flexpert.records import sha256_file
@@ -48,6 +51,7 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
         return
     check_batch(config, is_mixture=True)
     device = set_up_process(config.train.device, config.parallel)
+    check_usable(config, device.type, num_ranks())
     on_first(lambda: verify_model(source))  # an altered model is not trained on, and not only not copied
     check_tokenizer(source, manifest)
     dtype = ModelDirectory.open(source).require_one_dtype()
@@ -62,6 +66,7 @@ def run(config: TuneRouterConfig, resolved: str) -> None:
         ranks = put_on_ranks(model, config.parallel, config.train.sequence_length, device)
 
     model, directory = load_model(source, active_experts=config.active_experts, give_memory=give_memory)
+    set_backend(model, config.moe_backend, device)
     inputs = {"model": sha256_file(source / "assembly.json")}
     trainer = Trainer(model, config, "tune_router", manifest, device, resolved, inputs=inputs, ranks=ranks)
     on_first(lambda: claim_directory(output, resolved, config.resume))

@@ -1,0 +1,1 @@
+"""The weighted sum of a token's rows, and its gradients."""

@@ -1,0 +1,49 @@
+"""What the expert layer is computed with: a set of functions for each backend that sorts tokens by expert."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexpert_kernels.combine.reference import combine, combine_backward
+from flexpert_kernels.moe import loop
+from flexpert_kernels.route.reference import sort_by_expert
+from flexpert_kernels.swiglu.reference import swiglu
+
+
+class Backend(NamedTuple):
+    """Functions as the kernels' `reference.py` define them. `gathers`: products read a token's row where it lies."""
+
+    sort: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    up: Callable[..., tuple[Tensor, Tensor]]
+    rows: Callable[..., Tensor]
+    outer: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
+    combine_backward: Callable[..., tuple[Tensor, Any]]  # the latter None without weights
+    swiglu: Callable[..., Tensor]
+    swiglu_backward: Callable[..., tuple[Tensor, Tensor, Any]]
+    gathers: bool = False
+
+
+def of_products(products: loop.Products) -> Backend:
+    """The functions of CPUs, around some products of PyTorch's."""
+    return Backend(sort_by_expert, products.up, products.rows, products.outer, combine, combine_backward, swiglu,
+                   products.swiglu_backward)  # fmt: skip
+
+
+BACKENDS = {"loop": of_products(loop.LOOP), "grouped_mm": of_products(loop.GROUPED_MM)}
+
+
+def backend_of(name: str) -> Backend:
+    load(name)
+    return BACKENDS[name]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def load(name: str) -> None:
+    """Triton is imported for the first layer that it computes."""
+    if name not in BACKENDS:
+        from flexpert_kernels.moe import kernels
+
+        BACKENDS["triton"] = kernels.BACKEND

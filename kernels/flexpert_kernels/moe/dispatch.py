@@ -1,0 +1,77 @@
+"""Which way the expert layer is computed, where the caller leaves it open."""
+
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger("flexpert_kernels")
+
+#: Where an expert has at least so many rows, and there are few experts, one library product each is hard to beat
+#: (pytorch issues 163425 and 185530). `benchmarks/gpu_moe.py` times both; no GPU has yet been asked.
+FEW_EXPERTS, MANY_ROWS = 2, 8192
+
+
+#: What a caller can ask for.
+BACKENDS = ("auto", "reference", "dense", "loop", "grouped_mm", "triton")
+#: Of the two ways through PyTorch's products, the faster one on a CPU.
+ON_CPU = "loop"
+
+
+#: Choices, with their reasons, that have been logged.
+told: set[tuple[str, str]] = set()
+
+
+def choose(
+    num_experts: int, top_k: int, num_rows: int, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]
+) -> str:
+    """A backend of `moe_ffn`. Its name and why are logged, once each.
+
+    Args:
+        num_experts: held here, E.
+        top_k: experts of each token, K.
+        num_rows: pairs of a token and an expert of its, T·K.
+        dtype: of the products.
+        device: where the tensors are.
+        widths: of the rows that kernels would read, D and F.
+    """
+    level, lacks = logging.INFO, lacking(device, dtype, widths)
+    if top_k == num_experts:
+        backend, reason = "dense", "every expert is active, so there is nothing to sort"
+    elif device.type != "cuda":
+        backend, reason = ON_CPU, "there is no GPU"
+    elif lacks:
+        backend, reason, level = "loop", lacks, logging.WARNING
+    elif num_experts <= FEW_EXPERTS and num_rows >= MANY_ROWS * num_experts:
+        backend, reason = "loop", f"products of at most {FEW_EXPERTS} experts with {MANY_ROWS} rows each are large"
+    else:
+        backend, reason = "triton", f"{num_experts} experts share the rows"
+    tell(level, backend, reason)
+    return backend
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def tell(level: int, backend: str, reason: str) -> None:
+    """Once each."""
+    if (backend, reason) not in told:
+        told.add((backend, reason))
+        logger.log(level, "expert layers are computed by the backend %s: %s", backend, reason)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def lacking(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
+    """What keeps the Triton kernels from running there; empty: nothing. Triton's interpreter needs no GPU."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if device.type != "cuda":
+        return "there is no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than sm_80"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} is not for tensor cores"
+    if any(width * dtype.itemsize % 16 for width in widths):
+        return f"rows of {' or '.join(map(str, widths))} are not multiples of 16 bytes"
+    return ""

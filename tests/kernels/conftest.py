@@ -1,0 +1,26 @@
+"""Triton's interpreter, for machines without a GPU: a process of its own, because Triton reads its mode when imported."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+
+
+def interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """`interpreted(function, *arguments)`: its result, or what it raised, from a process that interprets kernels.
+
+    `function` is a test module's own; it imports the kernels itself, when it runs.
+    """
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=interpret)
+    with pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
