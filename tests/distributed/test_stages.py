@@ -158,18 +158,17 @@ def test_an_evaluation_in_several_processes_equals_one_in_one(
     check_close(ours["methods"], alone["methods"])
 
 
-def check_close(ours: Any, alone: Any, where: str = "", routing: float = 1e-5) -> None:
-    """Within 1e-5; `routing` is the tolerance of what is said of that."""
+def check_close(ours: Any, alone: Any, where: str = "") -> None:
+    """Numbers within 1e-5, everything else equal."""
     if isinstance(alone, dict):
         assert ours.keys() == alone.keys()
         for key, value in alone.items():
-            check_close(ours[key], value, f"{where}/{key}", routing)
+            check_close(ours[key], value, f"{where}/{key}")
     elif isinstance(alone, list):
         for one, other in zip(ours, alone, strict=True):
-            check_close(one, other, where, routing)
+            check_close(one, other, where)
     else:
-        rel = routing if "/routing/" in where else 1e-5
-        assert ours == (pytest.approx(alone, rel=rel) if isinstance(alone, float) else alone), where
+        assert ours == (pytest.approx(alone, rel=1e-5) if isinstance(alone, float) else alone), where
 
 
 def printed(stage: str, overrides: list[str]) -> str:
@@ -224,10 +223,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def smoke_nodes(output: Path) -> list[Node]:
+    """AdamW divides a gradient by its own size: in thirty steps, what rounding does to a small one, as router rows have
+    them, comes to 1e-4 of their shares. With an epsilon above that, these hold to 1e-5 like everything else.
+    """
+    training = ["train.microbatch_sequences=8", "monitor.wandb=off", "optim.eps=1e-4"]
     config, _ = compose("pipeline", ["pipeline=smoke", f"output_dir={output}"])
     nodes = []
     for node in build_graph(config):
-        more = ["train.microbatch_sequences=8", "monitor.wandb=off"] if node.stage in ("pretrain", "expert") else []
+        more = training if node.stage in ("pretrain", "expert") else []
         nodes.append(replace(node, overrides=(*node.overrides, *more)))
     return [node for node in nodes if node.stage != "report"]
 
@@ -245,5 +248,4 @@ def test_the_smoke_pipeline_gives_the_same_evaluation(smoke: Path, tmp_path: Pat
             run_stage(node.stage, list(node.overrides))
     ours, alone = (json.loads((path / "evaluation/evaluation.json").read_text()) for path in (output, smoke))
     assert {"model", "without math", "soup", "btm", "public"} <= alone["methods"].keys()
-    # Thirty steps of AdamW move router rows, whose gradients are small, apart by more.
-    check_close(ours["methods"], alone["methods"], routing=1e-3)
+    check_close(ours["methods"], alone["methods"])

@@ -32,6 +32,7 @@ NEEDED: dict[str, list[str]] = {
     "report": ["run=/none"],
     "pipeline": [],
     "plan": [],
+    "tune_kernels": ["model=tiny"],
 }
 
 #: Stage, overrides (after what the stage needs, or "only" these), and what the one line must hold.
@@ -149,6 +150,11 @@ BAD: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("plan", ["cluster.memory_gib=0"], ("cluster.memory_gib=0.0 must be positive",)),
     ("plan", ["stage=report"], ("stage=report is not one of all, pretrain, expert, tune_router",)),
     ("plan", ["batch_tokens=10000"], ("batch_tokens=10000 does not divide by the 4096 tokens of a microbatch",)),
+    ("tune_kernels", ["tokens=0"], ("tokens=0 must be positive",)),
+    ("tune_kernels", ["model=huge"], ("model=huge is neither a model directory nor one of", "flex_37b")),
+    ("tune_kernels", ["model=olmo2_7b"], ("model=olmo2_7b is dense",)),
+    ("tune_kernels", ["model=flex_2x7b", "active_experts=3"], ("active_experts=3 is more than the 2 experts",)),
+    ("tune_kernels", ["model=flex_37b", "expert_tensor=3"], ("expert_tensor=3 does not divide", "11008")),
     # inputs that are not there
     ("prepare", [], ("tokenizer=/none does not exist", "tokenizer.json")),
     ("pretrain", [], ("data.dir=/none does not exist", "flexpert prepare")),
@@ -334,6 +340,7 @@ def test_an_unknown_stage_is_answered_with_the_stages(capsys: pytest.CaptureFixt
         ("tune_router", ["model"]),
         ("evaluate", ["model", "data.dirs"]),
         ("generate", ["model"]),
+        ("tune_kernels", ["model"]),
     ],
 )
 def test_a_stage_without_its_keys_names_them_all(

