@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from flexpert_kernels import combine, dense_mixing, moe_ffn, sort_by_expert, spread
+from flexpert_kernels import combine, dense_mixing, moe_ffn, route, sort_by_expert, spread
 from flexpert_kernels.moe import dispatch
 from flexpert_kernels.moe.reference import reference_moe
+from poison import poisoned
 from torch import Tensor
 
 CPU_BACKENDS = ("auto", "loop", "grouped_mm", "dense")
@@ -195,3 +196,65 @@ def test_the_choice_follows_what_there_is_and_is_told_once(caplog: pytest.LogCap
             assert dispatch.choose(2, 2, 64, torch.bfloat16, cpu, (64, 64)) == "dense"
             assert dispatch.choose(8, 2, 64, torch.bfloat16, cpu, (64, 64)) == dispatch.ON_CPU
     assert len(caplog.messages) == 2
+
+
+def check_interpreted(case: Case, dtype: torch.dtype, held: bool) -> None:
+    """The Triton backend against the definition in fp64; in the interpreter's process."""
+    with poisoned():
+        leaves, indices = inputs(case, dtype)
+        if held:
+            indices = indices.where(torch.arange(indices.numel()).view_as(indices) % 3 != 1, -1)
+        wanted = with_gradients(
+            reference_moe, [leaf.detach().double().requires_grad_(True) for leaf in leaves], indices
+        )
+        found = with_gradients(moe_ffn, leaves, indices, backend="triton")
+        again = with_gradients(moe_ffn, leaves, indices, backend="triton")
+    for name, one, other, expected in zip(("y", "x", "weights", "gate_up", "down"), found, again, wanted, strict=True):
+        assert one.dtype == dtype and relative_error(one, expected) <= (1e-5 if dtype == torch.float32 else 1e-2), name
+        assert torch.equal(one, other), f"{name}: other bits the second time"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("case", [(3, 2, 11, 16, 24), (4, 4, 7, 8, 40), (2, 1, 1, 8, 8)], ids=str)
+def test_the_kernels_together_are_the_layer(interpreted: Callable[..., Any], case: Case, dtype: torch.dtype) -> None:
+    for held in (False, True):
+        interpreted(check_interpreted, case, dtype, held)
+
+
+def check_dense_interpreted() -> None:
+    (x, _, gate_up, down), _ = inputs((3, 3, 7, 8, 16), torch.float32)
+    probs = torch.rand(7, 3, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    leaves = [x, probs, gate_up, down]
+    seed = torch.linspace(-1, 1, 56).view(7, 8)
+    with poisoned():
+        found = dense_mixing(*leaves)
+        gradients = torch.autograd.grad(found, leaves, seed)
+    double = [leaf.detach().double().requires_grad_(True) for leaf in leaves]
+    wanted = reference_moe(double[0], double[1], torch.arange(3).repeat(7, 1), *double[2:])
+    assert relative_error(found, wanted) <= 1e-6
+    for one, expected in zip(gradients, torch.autograd.grad(wanted, double, seed.double()), strict=True):
+        assert relative_error(one, expected) <= 1e-6
+
+
+def test_dense_mixing_on_the_kernels_is_the_layer(interpreted: Callable[..., Any]) -> None:
+    interpreted(check_dense_interpreted)
+
+
+def check_route_interpreted() -> None:
+    from flexpert_kernels.route import reference
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 5, generator=generator).requires_grad_(True)
+    seeds = [torch.randn(shape, generator=generator) for shape in ((9, 5), (9, 3), (9,))]
+
+    def outcome(found: tuple[Tensor, ...]) -> list[Tensor]:
+        probs, weights, indices, normaliser = found
+        (gradient,) = torch.autograd.grad((probs, weights, normaliser), logits, seeds)
+        return [probs, weights, indices, normaliser, gradient]
+
+    for one, expected in zip(outcome(route(logits, 3)), outcome(reference.route(logits, 3)), strict=True):
+        assert relative_error(one, expected) <= 1e-6
+
+
+def test_the_routers_gradient_on_its_kernel_is_autograds(interpreted: Callable[..., Any]) -> None:
+    interpreted(check_route_interpreted)

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from flexpert_kernels.combine.reference import combine, combine_backward
 from flexpert_kernels.moe import loop
-from flexpert_kernels.route.reference import sort_by_expert
+from flexpert_kernels.route.reference import route, sort_by_expert
 from flexpert_kernels.swiglu.reference import swiglu
 
 
 class Backend(NamedTuple):
     """Functions as the kernels' `reference.py` define them. `gathers`: products read a token's row where it lies."""
 
+    route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     sort: Callable[..., tuple[Tensor, Tensor, Tensor]]
     up: Callable[..., tuple[Tensor, Tensor]]
     rows: Callable[..., Tensor]
@@ -28,7 +29,7 @@ class Backend(NamedTuple):
 
 def of_products(products: loop.Products) -> Backend:
     """The functions of CPUs, around some products of PyTorch's."""
-    return Backend(sort_by_expert, products.up, products.rows, products.outer, combine, combine_backward, swiglu,
+    return Backend(route, sort_by_expert, products.up, products.rows, products.outer, combine, combine_backward, swiglu,
                    products.swiglu_backward)  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("flexpert_kernels")
 
@@ -75,3 +76,8 @@ def lacking(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -
     if any(width * dtype.itemsize % 16 for width in widths):
         return f"rows of {' or '.join(map(str, widths))} are not multiples of 16 bytes"
     return ""
+
+
+def elementwise(x: Tensor) -> str:
+    """The backend of what has no products in it."""
+    return "loop" if lacking(x.device, x.dtype if x.is_floating_point() else torch.bfloat16, ()) else "triton"

@@ -14,6 +14,16 @@ from flexpert_kernels.route import triton as routing
 from flexpert_kernels.swiglu import triton as gating
 
 
+def route_of(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`route` without bias, which is in the logits, and without renormalisation."""
+    return routing.route(logits_TE, top_k)
+
+
+def like_route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
+    return torch.empty_like(logits_TE), weights_TK, weights_TK.long(), logits_TE.new_empty(logits_TE.shape[0])
+
+
 def like_sort(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     numbers = indices_TK.new_empty(0, dtype=torch.int32)
     order_N = numbers.new_empty(indices_TK.shape[0] * indices_TK.shape[1])
@@ -83,6 +93,7 @@ def like_swiglu_backward(
 
 
 BACKEND = Backend(
+    route=register(route_of, like_route),
     sort=register(routing.sort_by_expert, like_sort),
     up=register(grouped.up, like_up),
     rows=register(grouped.rows, like_rows),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexpert_kernels.moe.backends import Backend, backend_of
 from flexpert_kernels.moe.check import check_moe
-from flexpert_kernels.moe.dispatch import choose, lacking
+from flexpert_kernels.moe.dispatch import choose, elementwise, lacking
 from flexpert_kernels.moe.reference import reference_moe
 
 
@@ -96,11 +96,6 @@ def combine(y_ND: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
     """`Σ_k w_tk · y[places_tk]`, [T, D]."""
     z_TD: Tensor = Combine.apply(y_ND, weights_TK, *order)  # type: ignore[no-untyped-call]
     return z_TD
-
-
-def elementwise(x: Tensor) -> str:
-    """The backend of what has no products in it."""
-    return "loop" if lacking(x.device, x.dtype if x.is_floating_point() else torch.bfloat16, ()) else "triton"
 
 
 class Spread(torch.autograd.Function):

@@ -14,7 +14,7 @@ def reference_moe(
 
     Args:
         x_TD: inputs.
-        weights_TK, indices_TK: the router's weights and choices.
+        weights_TK, indices_TK: the router's weights and choices; negative: held elsewhere, adds nothing.
         gate_up_E2FD: W1 (index 0) and W3 (index 1) of every expert.
         down_EDF: W2 of every expert.
 
@@ -26,7 +26,9 @@ def reference_moe(
     rows = []
     for token, x_D in enumerate(x_TD):
         y_D = torch.zeros_like(x_D)
-        for weight, expert in zip(weights_TK[token], indices_TK[token], strict=True):
+        for weight, expert in zip(weights_TK[token], indices_TK[token].tolist(), strict=True):
+            if expert < 0:
+                continue
             gate_F, up_F = gate_up_E2FD[expert, 0] @ x_D, gate_up_E2FD[expert, 1] @ x_D
             y_D = y_D + weight * (down_EDF[expert] @ (gate_F * gate_F.sigmoid() * up_F))
         rows.append(y_D)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from flexpert_kernels import route
 from torch import Tensor, nn
 
 
@@ -52,8 +53,4 @@ class Router(nn.Module):
             weight_ED = self.gather(self.weight)
             bias_E = self.gather(self.bias).clamp(max=0) if len(self.bias) else None
             logits_TE = F.linear(x_TD.float(), weight_ED, bias_E)
-            logits_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
-            normaliser_T = logits_TE.logsumexp(-1)
-            probs_TE = (logits_TE - normaliser_T[:, None]).exp()
-            weights_TK, indices_TK = probs_TE.topk(self.top_k, dim=-1)
-        return Routing(probs_TE, weights_TK, indices_TK, normaliser_T)
+            return Routing(*route(logits_TE, self.top_k))
