@@ -14,6 +14,7 @@ SMALL = {
     "prepare.py": ["megabytes=1", "repeats=1"],
     "assemble.py": ["--sizes", "0.02", "--repeats", "1"],
     "gpu.py": ["--small"],
+    "gpu_moe.py": ["--small"],
 }
 
 
