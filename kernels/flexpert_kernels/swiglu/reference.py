@@ -1,7 +1,7 @@
 """`swiglu` and its gradients in plain PyTorch, on any device: the definition, and the path of CPUs.
 
-Shapes: F FFN width, N rows. Most operations write over what is no longer needed, which is faster on a CPU, by up to 40%: memory
-new to the process has to be mapped first.
+Shapes: F FFN width, N rows. Most operations write over what is no longer needed, which saves a CPU about a quarter of
+the time: memory new to the process has to be mapped first.
 """
 
 import torch
