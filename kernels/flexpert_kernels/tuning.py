@@ -6,7 +6,6 @@ $XDG_CACHE_HOME/flexpert/tiles.json (~/.cache if that is not set), apart for eac
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -63,7 +62,7 @@ def candidates(kernel: str, dtype: torch.dtype, capability: tuple[int, int] | No
     """
     outer = kernel.startswith("outer")
     if dtype == torch.float32 or capability is None:
-        return [Config(64, 64, 32, 8, 3)]
+        return [Config(64, 64, 32, 8, 3), Config(32, 64, 32, 4, 3)]
     if capability == (8, 0):
         if outer:
             return [Config(128, 256, 32, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 32, 4, 4)]
@@ -98,8 +97,10 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 @functools.cache
 def machine(device: torch.device) -> str:
     """What a choice is valid for."""
+    import triton
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, triton {importlib.metadata.version('triton')}, torch {torch.__version__}"
+    return f"{name}, triton {triton.__version__}, torch {torch.__version__}"
 
 
 def product(kernel: str, n: int, k: int, dtype: torch.dtype) -> str:
@@ -111,12 +112,12 @@ def cache_file() -> Path:
 
 
 def load(file: Path) -> dict[str, dict[str, Any]] | None:
-    """What was tuned, by machine and product; None if `write` did not write this file."""
+    """What was tuned, by machine and product; None if this is not what `write` wrote, or cannot be read."""
     try:
         tuned = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return None
     return tuned if isinstance(tuned, dict) and all(isinstance(found, dict) for found in tuned.values()) else None
 
@@ -125,7 +126,7 @@ def load(file: Path) -> dict[str, dict[str, Any]] | None:
 def read(file: Path) -> dict[str, dict[str, Any]]:
     tuned = load(file)
     if tuned is None:
-        warnings.warn(f"{file} is damaged and ignored; `flexpert tune_kernels` writes it anew", stacklevel=2)
+        warnings.warn(f"{file} is damaged and is ignored; `flexpert tune_kernels` writes it anew", stacklevel=2)
     return tuned or {}
 
 
@@ -167,11 +168,12 @@ def tune(
 
         timer = do_bench
     results = []
-    for kernel, n, k, run in products(hidden, ffn, num_experts, rows, device, dtype):
-        known = candidates(kernel, dtype, capability(device))
-        times = {config: timer(functools.partial(run, config)) for config in known}
-        config = min(times, key=times.__getitem__)
-        results.append(Tuned(kernel, n, k, config, times[config], 2 * rows * n * k / times[config] * 1e-9))
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: as it is
+        for kernel, n, k, run in products(hidden, ffn, num_experts, rows, device, dtype):
+            known = candidates(kernel, dtype, capability(device))
+            times = {config: timer(functools.partial(run, config)) for config in known}
+            config = min(times, key=times.__getitem__)
+            results.append(Tuned(kernel, n, k, config, times[config], 2 * rows * n * k / times[config] * 1e-9))
     write(cache_file(), device, {product(row.kernel, row.n, row.k, dtype): row.config for row in results})
     return results
 

@@ -225,16 +225,8 @@ def check_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-def layouts() -> list[Any]:
-    """Those of two processes are quick."""
-    slow = {4: [pytest.mark.slow]}
-    return [
-        pytest.param(kind, layout, id=f"{kind}: {layout}", marks=slow.get(layout.num_ranks, []))
-        for kind, layout in CASES
-    ]
-
-
-@pytest.mark.parametrize(("kind", "layout"), layouts())
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=[f"{kind}: {layout}" for kind, layout in CASES])
 def test_every_layout_trains_as_one_process(
     kind: str, layout: Layout, alone: dict[str, tuple[Course, Path | None]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -347,6 +339,7 @@ def test_while_one_half_is_under_way_the_other_is_computed() -> None:
         assert events[middle + 1 :] == [*backward, *backward]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(4), Layout(4, 4), Layout(4, 2)], ids=str)
 def test_no_rank_holds_the_whole_model(layout: Layout, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """A quarter each, and on the way one tensor of, here, a tenth."""

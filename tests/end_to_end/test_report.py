@@ -191,6 +191,7 @@ def cells(driver: webdriver.Chrome, table: str) -> dict[str, list[str]]:
     return dict(driver.execute_script(script, table))
 
 
+@pytest.mark.slow
 def test_page_opens_in_a_browser_and_fetches_nothing(browser: webdriver.Chrome, complete: Path) -> None:
     log(browser, "performance")
     browser.get((complete / "report.html").as_uri())

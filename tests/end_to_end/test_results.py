@@ -15,6 +15,8 @@ from flexpert.config.compose import compose
 from flexpert.monitor.report import run
 from flexpert.records import read_json, sha256_file, write_record
 
+pytestmark = pytest.mark.slow
+
 PRIVATE = ["Title of the owner", "LicenseRef-private-terms", "A private note", "The weights"]
 
 

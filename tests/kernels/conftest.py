@@ -1,4 +1,4 @@
-"""Triton's interpreter, for machines without a GPU: a process of its own, because Triton reads its mode when imported."""
+"""Triton's interpreter, for machines without a GPU, in a process of its own: Triton reads its mode when imported."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -24,3 +24,10 @@ def interpreted() -> Iterator[Callable[..., Any]]:
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=interpret)
     with pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "interpreted" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)

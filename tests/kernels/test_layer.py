@@ -135,6 +135,7 @@ def test_half_precision_stays_close_to_fp32(dtype: torch.dtype) -> None:
             assert one.dtype == dtype and relative_error(one, expected) < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(backend: str) -> None:
     leaves, indices = inputs((4, 2, 24, 16, 32), torch.float32)

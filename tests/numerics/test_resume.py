@@ -30,6 +30,8 @@ from flexpert.train import expert, pretrain, tune_router
 from flexpert.train.callbacks import Callback
 from flexpert.train.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 STAGES: dict[str, Callable[[Any, str], None]] = {
     "pretrain": pretrain.run,
     "expert": expert.run,

@@ -335,6 +335,7 @@ def wide(make_base: Maker, make_contribution: Maker, tmp_path_factory: pytest.Te
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", ["", "expert-public.safetensors", "expert-z.safetensors"])
 def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_run_succeeds(
     begun: str, wide: Path, tmp_path: Path

@@ -17,6 +17,8 @@ from flexpert.model.loss import router_z_sum
 from flexpert.model.transformer import Transformer, initialise
 from flexpert.train.compilation import compile_blocks, compiles
 
+pytestmark = pytest.mark.slow
+
 Refused = Callable[..., AbstractContextManager[None]]
 
 

@@ -43,6 +43,7 @@ def test_six_corpora_and_a_helpful_error_for_any_other() -> None:
         demo.documents("poetry")
 
 
+@pytest.mark.slow
 def test_sizes_are_within_bounds(corpora: dict[str, list[str]]) -> None:
     for name in GENERATED:
         assert 1_450_000 < num_bytes(corpora[name]) < 1_550_000, name

@@ -85,6 +85,7 @@ def token_by_token(directory: Path, data: EvaluationSet) -> list[list[float]]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "mixture"])
 def test_bits_per_byte_is_what_each_token_costs_after_those_before_it(
     name: str, road: Path, models: Path, tmp_path: Path

@@ -105,6 +105,7 @@ def test_a_mistake_is_told_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["demo", "smoke"])
 def test_the_pipelines_that_come_along_pass_these_checks(pipeline: str) -> None:
     config = compose("pipeline", [f"pipeline={pipeline}"])[0]

@@ -136,6 +136,7 @@ LAYOUTS_37B = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS_37B, ids=[f"{kind} {layout}" for kind, layout in LAYOUTS_37B])
 def test_state_of_the_37b_layouts_is_what_a_rank_allocates(kind: str, layout: Layout) -> None:
     job = kinds(FLEX_37B)[kind]
@@ -236,6 +237,7 @@ def step(job: Job, layout: Layout) -> tuple[tuple[int, int, int], dict[str, floa
     return held(model, optimizer), {axis: sent.bytes.get(name, 0.0) for axis, name in groups.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), CASES, ids=IDS)
 def test_a_real_step_holds_and_sends_what_was_planned(kind: str, layout: Layout) -> None:
     # So many layers that the first, into which no gradient flows where the trunk is frozen, does not count.

@@ -18,6 +18,8 @@ from processes import children, runs
 from flexpert.data import documents, encode, progress
 from flexpert.data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEXTS = make_texts(900)
 LINES = json_lines(TEXTS[:300], prompt="Continue: ")
 
