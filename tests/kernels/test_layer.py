@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from flexpert_kernels import combine, dense_mixing, moe_ffn, route, sort_by_expert, spread
-from flexpert_kernels.moe import dispatch
+from flexpert_kernels.moe import dispatch, loop
 from flexpert_kernels.moe.reference import reference_moe
+from flexpert_kernels.swiglu.reference import swiglu_backward
 from poison import poisoned
 from torch import Tensor
 
@@ -124,6 +125,16 @@ def test_the_backward_pass_keeps_the_input_and_two_projections(layer: str) -> No
     rows = tokens * (active if layer == "routed" else experts)
     projections, small = rows * 2 * ffn * 4, 3 * rows * 8 + 1024  # the latter: the order of rows, and weights
     assert y.requires_grad and projections <= sum(kept.values()) <= projections + tokens * width * 4 + small
+
+
+def test_gradients_in_blocks_of_rows_have_the_references_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    length = loop.BLOCK // 1000
+    for rows in (1, length, 2 * length + 3):
+        h, da = torch.randn(rows, 2000, generator=generator), torch.randn(rows, 1000, generator=generator)
+        weights = torch.rand(rows, generator=generator)
+        for found, wanted in zip(loop.swiglu_backward(h, da, weights), swiglu_backward(h, da, weights), strict=True):
+            assert wanted is not None and torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -30,7 +30,7 @@ class Backend(NamedTuple):
 def of_products(products: loop.Products) -> Backend:
     """The functions of CPUs, around some products of PyTorch's."""
     return Backend(route, sort_by_expert, products.up, products.rows, products.outer, combine, combine_backward, swiglu,
-                   products.swiglu_backward)  # fmt: skip
+                   loop.swiglu_backward)  # fmt: skip
 
 
 BACKENDS = {"loop": of_products(loop.LOOP), "grouped_mm": of_products(loop.GROUPED_MM)}

@@ -102,7 +102,7 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, places_TK: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(places_TK, offsets)
-        return x_TD[order_N // places_TK.shape[1]]
+        return x_TD.index_select(0, order_N // places_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -186,7 +186,7 @@ class Routed(torch.autograd.Function):
 def of_rows(ops: Backend, x_TD: Tensor, order_N: Tensor, places_TK: Tensor) -> tuple[Tensor, Tensor | None, int]:
     """What a product reads its rows from: the tokens and where each row's is, or the rows themselves, copied."""
     top_k = places_TK.shape[1]
-    return (x_TD, order_N, top_k) if ops.gathers else (x_TD[order_N // top_k], None, 1)
+    return (x_TD, order_N, top_k) if ops.gathers else (x_TD.index_select(0, order_N // top_k), None, 1)
 
 
 class Mixed(torch.autograd.Function):

@@ -15,6 +15,9 @@ from torch import Tensor
 from flexpert_kernels.operators import register
 from flexpert_kernels.swiglu import reference
 
+#: Elements of each operand in a block of rows.
+BLOCK = 1 << 17
+
 
 def loop_rows(x_NI: Tensor, weight_EIO: Tensor, offsets: Tensor) -> Tensor:
     """Each row times its expert's matrix, [N, O]; 0 past offsets[E]."""
@@ -91,16 +94,36 @@ class Products:
         weight_EOI: Tensor = self._outer(y, x, offsets)
         return weight_EOI
 
-    def swiglu_backward(
-        self, h_N2F: Tensor, da_NF: Tensor, weights_N: Tensor, num_rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows from `num_rows` on are 0 already, because `rows` made them so."""
+
+def swiglu_backward(
+    h_N2F: Tensor, da_NF: Tensor, weights_N: Tensor, num_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the reference's, to the bit, whose seven passes over memory the compiler makes one.
+
+    Without it they go over blocks of rows that stay in a core's cache, in half the time. Rows from `num_rows` on are 0
+    already, because the products made them so.
+    """
+    if torch.compiler.is_compiling():
         return reference.swiglu_backward(h_N2F, da_NF, weights_N)
+    dh_N2F, a_NF, dweights_N = torch.empty_like(h_N2F), torch.empty_like(da_NF), weights_N.new_empty(len(weights_N))
+    length = max(1, BLOCK // da_NF.shape[1])
+    for first in range(0, len(da_NF), length):
+        block = slice(first, first + length)
+        (gate, up), (dgate, dup) = h_N2F[block].chunk(2, dim=-1), dh_N2F[block].chunk(2, dim=-1)
+        da, a, weights = da_NF[block], a_NF[block], weights_N[block, None].to(da_NF.dtype)
+        silu = F.silu(gate)
+        torch.mul(silu, up, out=a)
+        dweights_N[block] = (da * a).sum(-1)
+        a.mul_(weights)
+        da = da * weights
+        torch.mul(silu, da, out=dup)
+        torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
+    return dh_N2F, a_NF, dweights_N
 
 
 def of_rows(x: Tensor, order_N: Tensor | None, top_k: int) -> Tensor:
     """Tokens' rows in the order of experts."""
-    return x if order_N is None else x[order_N // top_k]
+    return x if order_N is None else x.index_select(0, order_N // top_k)
 
 
 LOOP = Products(loop_rows, loop_outer)
