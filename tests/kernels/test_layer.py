@@ -210,6 +210,35 @@ def test_the_choice_follows_what_there_is_and_is_told_once(caplog: pytest.LogCap
     assert len(caplog.messages) == 2
 
 
+def check_without_rows(backend: str) -> None:
+    leaves, indices = inputs((3, 2, 0, 8, 16), torch.float32)
+    for part, like in zip(with_gradients(moe_ffn, leaves, indices, backend=backend), [leaves[0], *leaves], strict=True):
+        assert part.shape == like.shape and part.abs().sum() == 0
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_no_tokens_are_no_mistake(backend: str) -> None:
+    check_without_rows(backend)
+
+
+def check_expanded_gradient() -> None:
+    """As `y.sum().backward()` hands it on: one number for all."""
+    leaves, indices = inputs((3, 2, 5, 8, 16), torch.float32)
+    for wanted, found in zip(
+        *(
+            torch.autograd.grad(moe_ffn(leaves[0], leaves[1], indices, *leaves[2:], backend=backend).sum(), leaves)
+            for backend in ("loop", "triton")
+        ),
+        strict=True,
+    ):
+        assert relative_error(found, wanted) <= 1e-5
+
+
+def test_the_kernels_take_what_a_training_step_brings(interpreted: Callable[..., Any]) -> None:
+    interpreted(check_without_rows, "triton")
+    interpreted(check_expanded_gradient)
+
+
 def check_interpreted(case: Case, dtype: torch.dtype, held: bool) -> None:
     """The Triton backend against the definition in fp64; in the interpreter's process."""
     with poisoned():

@@ -186,7 +186,7 @@ class Routed(torch.autograd.Function):
 def of_rows(ops: Backend, x_TD: Tensor, order_N: Tensor, places_TK: Tensor) -> tuple[Tensor, Tensor | None, int]:
     """What a product reads its rows from: the tokens and where each row's is, or the rows themselves, copied."""
     top_k = places_TK.shape[1]
-    return (x_TD, order_N, top_k) if ops.gathers else (x_TD.index_select(0, order_N // top_k), None, 1)
+    return (x_TD.contiguous(), order_N, top_k) if ops.gathers else (x_TD.index_select(0, order_N // top_k), None, 1)
 
 
 class Mixed(torch.autograd.Function):
