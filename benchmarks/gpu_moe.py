@@ -13,6 +13,7 @@ Shapes: T tokens, D residual width, F FFN width, E experts, K active experts, R 
 
 import argparse
 import functools
+import gc
 import importlib.metadata
 import math
 import os
@@ -23,7 +24,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -35,23 +35,9 @@ import torch
 import torch.nn.functional as F
 from flexpert_kernels import sort_by_expert
 from flexpert_kernels.moe.loop import loop_outer, loop_rows
-from moe_layer import LIGER, OF_US, OURS, PEERS, Check, Inputs, Way, check, definition, draw, results, tune
+from moe_layer import LIGER, OF_US, OURS, PEERS, Inputs, Way, check, definition, draw, memory, results, tune
 from moe_step import ExpertJob, shape_of
-from moe_timing import (
-    FULL,
-    SMALL,
-    Memory,
-    Setting,
-    Times,
-    alternate,
-    free,
-    median,
-    memory,
-    rate,
-    square_rate,
-    whole,
-    with_range,
-)
+from moe_timing import FULL, SMALL, Setting, Times, alternate, median, rate, square_rate, whole, with_range
 
 from flexpert.train.compilation import compile_blocks
 from flexpert.train.tune_kernels import lines_of
@@ -108,10 +94,11 @@ class Report:
         if self.is_late(what):
             return
         try:
+            gc.collect()
+            torch.cuda.empty_cache()
             write()
         except Exception:
             self.fail(what)
-        free()
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -143,10 +130,12 @@ class Report:
 
 
 class Figures(NamedTuple):
-    """Of somebody at a shape."""
+    """Of somebody at a shape: as `check` and `memory` return them, and times of the forward and the backward pass."""
 
-    check: Check
-    memory: Memory | None
+    error: float
+    is_repeatable: bool
+    kept: float
+    peak: float
     times: Times
 
 
@@ -166,12 +155,10 @@ def measure(setting: Setting, rows: int, experts: int, report: Report) -> dict[s
     for name, way in ways.items():
         try:
             checked = check(way, fresh, wanted, poison=name in OF_US)
-            held = memory(functools.partial(way, inputs), inputs.gradients) if setting.on_gpu else None
-            found[name] = Figures(checked, held, [])
-        except ImportError:
-            found[name] = "not installed"
+            held: tuple[float, float] = memory(way, inputs) if setting.on_gpu else (math.nan, math.nan)
+            found[name] = Figures(*checked, *held, [])
         except Exception as error:
-            found[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:80]}"
+            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
             if name in OF_US:
                 report.fail(f"{name} at R={rows}, E={experts}")
     del fresh, wanted
@@ -188,27 +175,26 @@ def layer(setting: Setting, rows: int, experts: int, dense: float, report: Repor
         if isinstance(figures, str):
             report.row(rows, experts, name, figures, *[""] * 8)
             continue
-        checked, held, times = figures
+        error, is_repeatable, kept, peak, times = figures
         reached = rate(3 * forward, median(times))
         ratio = median(times) / median(ours.times) if isinstance(ours, Figures) else math.nan
-        peak = f"{held.kept / GIB:.2f}, {held.peak / GIB:.2f}" if held else "n/a"
         report.row(
             rows, experts, name, with_range(times),
             f"{rate(forward, median(times, 0)):.3g}", f"{rate(2 * forward, median(times, 1)):.3g}", f"{reached:.3g}",
-            f"{reached / dense:.0%}", f"{ratio:.2f}", peak,
-            f"{checked.error:.1e}", "yes" if checked.is_repeatable else "no",
+            f"{reached / dense:.0%}", f"{ratio:.2f}", f"{kept / GIB:.2f}, {peak / GIB:.2f}", f"{error:.1e}",
+            "yes" if is_repeatable else "no",
         )  # fmt: skip
         if name in OF_US:
-            report.see(RIGHT, f"{name} at {where}", checked.error)
-            report.see(REPEATS, f"{name} at {where}", checked.is_repeatable)
+            report.see(RIGHT, f"{name} at {where}", error)
+            report.see(REPEATS, f"{name} at {where}", is_repeatable)
         if name == LIGER and isinstance(ours, Figures):
             report.see(AHEAD, where, ratio)
         if name == OURS:
             report.see(FAST, where, reached)
-        if name == OURS and held:
-            x_bytes = rows // min(2, experts) * setting.hidden * setting.dtype.itemsize
-            h_bytes = 2 * rows * setting.ffn * setting.dtype.itemsize
-            report.see(LEAN, where, (x_bytes + held.kept) / (x_bytes + h_bytes))
+            if setting.on_gpu:
+                x_bytes = rows // min(2, experts) * setting.hidden * setting.dtype.itemsize
+                h_bytes = 2 * rows * setting.ffn * setting.dtype.itemsize
+                report.see(LEAN, where, (x_bytes + kept) / (x_bytes + h_bytes))
 
 
 def products(setting: Setting, rows: int, experts: int, dense: float, report: Report) -> None:
@@ -269,18 +255,7 @@ def in_place(setting: Setting, rows: int, report: Report) -> None:
 
 
 def expert_step(setting: Setting, report: Report) -> None:
-    config = shape_of(setting)
-    while True:
-        try:
-            return steps(setting, ExpertJob(setting, config), report)
-        except torch.OutOfMemoryError:
-            report.add("", f"A step of {config.num_layers} layers, which the plan says fit, does not.")
-            config = replace(config, num_layers=config.num_layers - 2)
-            config.check()
-        free()
-
-
-def steps(setting: Setting, job: ExpertJob, report: Report) -> None:
+    job = ExpertJob(setting, shape_of(setting))
     counted = [job.operations(everything) for everything in (False, True)]
     ceiling = counted[1] / counted[0]
     report.table(
@@ -291,19 +266,19 @@ def steps(setting: Setting, job: ExpertJob, report: Report) -> None:
         "blocks", "", "both passes, ms", "TFLOP/s", "optimiser, ms", "ratio of passes", "of the ceiling",
     )  # fmt: skip
     for kind in ("eager", "compiled") if setting.on_gpu else ("eager",):
+        if report.is_late(f"the {kind} step"):
+            return
         if kind == "compiled":
-            if report.is_late("the compiled step"):
-                return
             compile_blocks(job.model)
-        skipped, computed = job.times()
-        ratio = median(computed, 0) / median(skipped, 0)
+        both = alternate(setting, {str(all): functools.partial(job.step, all) for all in (False, True)})
+        ratio = median(both["True"], 0) / median(both["False"], 0)
         report.see(SKIPS, kind, ratio / ceiling)
-        for name, times, operations, last in (
-            ("frozen half skipped", skipped, counted[0], (f"{ratio:.3f}", f"{ratio / ceiling:.1%}")),
-            ("computed, then zeroed", computed, counted[1], ("", "")),
-        ):
-            reached = rate(operations, median(times, 0))
-            report.row(kind, name, with_range(times, 0), f"{reached:.3g}", f"{median(times, 1):.3f}", *last)
+        names = ("frozen half skipped", "computed, then zeroed")
+        for name, times, operations in zip(names, both.values(), counted, strict=True):
+            report.row(
+                kind, name, with_range(times, 0), f"{rate(operations, median(times, 0)):.3g}",
+                f"{median(times, 1):.3f}", f"{ratio:.3f}", f"{ratio / ceiling:.1%}",
+            )  # fmt: skip
 
 
 def compare(setting: Setting, report: Report) -> None:
@@ -324,6 +299,8 @@ def compare(setting: Setting, report: Report) -> None:
         tuned = tune(setting, middle)
         report.add("", f"Tiles, tuned at {middle} rows of {max(setting.experts)} experts:", "")
         report.add("```", *lines_of(tuned), "```", "", f"{report.seconds():.0f} s until here.")
+        for row in tuned:
+            report.add(*(f"- {row.kernel}, {config}: {reason}" for config, reason in row.failed.items()))
 
     report.part("tuning", tiles)
     report.table(
@@ -354,7 +331,6 @@ def compare(setting: Setting, report: Report) -> None:
     for rows in setting.rows:
         report.part(f"gradients in place at R={rows}", functools.partial(in_place, setting, rows, report))
     report.part("the expert step", functools.partial(expert_step, setting, report))
-    report.add("", f"At the end the square product runs at {square_rate(setting):.3g} TFLOP/s.")
     report.end()
 
 

@@ -42,7 +42,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A product's fastest tiles: n × k matrices, milliseconds, and TFLOP/s."""
+    """A product's fastest tiles: n × k matrices, milliseconds, TFLOP/s, and why other candidates do not run here."""
 
     kernel: str
     n: int
@@ -50,6 +50,7 @@ class Tuned:
     config: Config
     milliseconds: float
     tflops: float
+    failed: Mapping[Config, str]
 
 
 def candidates(kernel: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Config]:
@@ -162,7 +163,12 @@ def tune(
 
     Returns: what was chosen, for one product of the layer after another. Needs memory for the weights of a layer, their
         gradients, and the rows.
+
+    Raises:
+        ValueError: no candidate of a product runs on this device. Nothing is kept.
     """
+    from triton.errors import TritonError
+
     if timer is None:
         from triton.testing import do_bench
 
@@ -171,9 +177,19 @@ def tune(
     with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: as it is
         for kernel, n, k, run in products(hidden, ffn, num_experts, rows, device, dtype):
             known = candidates(kernel, dtype, capability(device))
-            times = {config: timer(functools.partial(run, config)) for config in known}
+            times, failed = dict[Config, float](), dict[Config, str]()
+            for config in known:
+                try:
+                    times[config] = timer(functools.partial(run, config))
+                except torch.OutOfMemoryError:  # the caller's rows are too many for any candidate
+                    raise
+                except (TritonError, RuntimeError) as error:  # the latter from LLVM; other chips take other tiles
+                    failed[config] = f"{type(error).__name__}: {error}"
+            if not times:
+                raise ValueError(f"no tiles of {kernel} for {n} x {k} matrices run here; {failed[known[0]]}")
             config = min(times, key=times.__getitem__)
-            results.append(Tuned(kernel, n, k, config, times[config], 2 * rows * n * k / times[config] * 1e-9))
+            tflops = 2 * rows * n * k / times[config] * 1e-9
+            results.append(Tuned(kernel, n, k, config, times[config], tflops, failed))
     write(cache_file(), device, {product(row.kernel, row.n, row.k, dtype): row.config for row in results})
     return results
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flexpert_kernels.tuning import Config, Tuned, candidates, chosen, tune
+from triton.runtime.errors import OutOfResources
 
 CPU = torch.device("cpu")
 KERNELS = ("up", "rows", "rows_transposed", "outer_x", "outer_y")
@@ -90,6 +91,42 @@ def test_tuning_again_replaces_what_was_found_and_keeps_other_machines(cache: Pa
     assert machines["another machine"] == {"up 48x16 float32": asdict(OTHER)}
 
 
+@pytest.mark.parametrize("broken", [DEFAULT, OTHER], ids=["default", "other"])
+@pytest.mark.parametrize(
+    "error", [OutOfResources(1, 2, "shared memory"), RuntimeError("PassManager")], ids=["resources", "llvm"]
+)
+def test_candidate_that_does_not_compile_is_passed_over_and_says_why(
+    cache: Path, broken: Config, error: Exception
+) -> None:
+    def milliseconds(config: Config) -> float:
+        if config == broken:
+            raise error
+        return 1.0
+
+    (works,) = {DEFAULT, OTHER} - {broken}
+    rows = tuned(milliseconds)
+    assert len(rows) == 6
+    assert all(row.config == works and row.failed == {broken: f"{type(error).__name__}: {error}"} for row in rows)
+    assert of_up() == works
+
+
+def test_nothing_is_kept_where_no_candidate_compiles(cache: Path) -> None:
+    def milliseconds(config: Config) -> float:
+        raise RuntimeError(f"{config.block_m} rows")
+
+    with pytest.raises(ValueError, match=f"no tiles of up for 48 x 16 matrices .*RuntimeError: {DEFAULT.block_m} rows"):
+        tuned(milliseconds)
+    assert not cache.exists()
+
+
+def test_too_many_rows_are_not_a_candidates_fault(cache: Path) -> None:
+    def milliseconds(config: Config) -> float:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        tuned(milliseconds)
+
+
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"[1, 2]", b'{"up": 3}', b'{"up": {', b"[" * 100_000])
 def test_damaged_cache_is_ignored_with_one_warning_and_written_anew(cache: Path, damage: bytes) -> None:
     cache.parent.mkdir()
@@ -122,7 +159,7 @@ def run_each() -> int:
         run()
         return 1.0
 
-    tune(16, 24, 2, 10, CPU, torch.float32, timer)
+    assert not any(row.failed for row in tune(16, 24, 2, 10, CPU, torch.float32, timer))
     return count
 
 
