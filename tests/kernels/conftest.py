@@ -1,18 +1,12 @@
 """Triton's interpreter, for machines without a GPU, in a process of its own: Triton reads its mode when imported."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import pytest
-import torch
-
-
-def interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
+from interpreter import interpret
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,7 @@ def test_the_resolved_config_of_a_stage_holds_nothing_of_the_environment(
         "verify": ["contribution=/c"],
         "plan": [],
         "tune_router": ["model=/m", "data.dir=/d", "train.steps=1"],
+        "tune_kernels": ["model=flex_37b"],
         "evaluate": ["model=/m", "data.dirs.a=/d", "output_dir=/o"],
         "generate": ["model=/m", "prompt=${oc.env:HF_TOKEN} A private prompt"],
         "report": ["run=/r"],

@@ -33,10 +33,11 @@ def build(config: ModelConfig, trained: Callable[[str], bool], groups: tuple[int
     return model
 
 
-#: What our own operators compute, from the shapes of their arguments.
+#: What operators compute, from the shapes of their arguments: our own, and one that PyTorch forgets.
 OPERATORS = {
-    torch.ops.flexpert.grouped_rows: lambda x, weight, starts, **_: 2 * x[0] * weight[1] * weight[2],
-    torch.ops.flexpert.grouped_outer: lambda y, x, starts, **_: 2 * y[0] * y[1] * x[1],
+    torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1],
+    torch.ops.flexpert.loop_rows: lambda x, weight, starts, **_: 2 * x[0] * weight[1] * weight[2],
+    torch.ops.flexpert.loop_outer: lambda y, x, starts, **_: 2 * y[0] * y[1] * x[1],
 }
 
 

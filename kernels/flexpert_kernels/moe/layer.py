@@ -157,7 +157,8 @@ class Routed(torch.autograd.Function):
         h_N2F, a_NF = ops.up(source, index_N, top_k, gate_up, offsets)
         y_TD: Tensor = ops.combine(ops.rows(a_NF, down, offsets), places_TK, weights_TK, offsets)
         ctx.name = name
-        ctx.save_for_backward(x_TD, weights_TK, order_N, places_TK, offsets, h_N2F, gate_up, down)
+        kept_TD = x_TD if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept_TD, weights_TK, order_N, places_TK, offsets, h_N2F, gate_up, down)
         return y_TD
 
     @staticmethod
@@ -202,7 +203,7 @@ class Mixed(torch.autograd.Function):
             kept.append(h_T2F)
         assert y_TD is not None, "a group holds at least one expert"
         ctx.name = name
-        ctx.save_for_backward(x_TD, probs_TE, gate_up, down, *kept)
+        ctx.save_for_backward(x_TD if ctx.needs_input_grad[2] else None, probs_TE, gate_up, down, *kept)
         return y_TD
 
     @staticmethod

@@ -150,21 +150,17 @@ def expert_activations(job: Job, layout: Layout, tokens: int, has_gradient: bool
     model, stream, rows = job.model, stream_tokens(layout, tokens), expert_rows(job, layout, tokens)
     D, width = model.hidden_size, model.intermediate_size // width_ways(layout, job.group_sizes)
     kept = FULL * stream * (D + 3 * model.num_experts)  # the router's own fp32 input, and its probabilities
+    trained = any(job.trains_experts)
     if not job.all_active:
-        # Gate and up, silu(gate), the product, once more with its weight where that is put on before the way back.
-        # Where neither the input nor an expert has a gradient, what the router's weights are multiplied with.
-        kept += rows * 3 * 8
+        # Gate and up, and where each row is; the input for the gradient of weights.
         if layout.expert == 1:
-            return kept + HALF * rows * (D + 5 * width if has_gradient or any(job.trains_experts) else 2 * width)
-        # What comes back is kept to be weighted, and weighted to be added.
-        return kept + HALF * rows * (3 * D + 4 * width if has_gradient or any(job.trains_experts) else 2 * D)
-    kept += HALF * rows * D * any(job.trains_experts)
+            return kept + HALF * (rows // model.active_experts * D * trained + rows * 2 * width) + rows * 2 * 8
+        # What comes back is kept to be weighted.
+        through = has_gradient or trained
+        return kept + HALF * rows * (D + through * 2 * width + trained * D) + rows * (2 + 2 * through) * 8
+    kept += HALF * rows * D * trained
     ways = layout.expert if len(job.group_sizes) == 1 else 1
-    for group, trained in zip(job.group_sizes, job.trains_experts, strict=True):
-        # A frozen expert keeps no input of its last product, and nothing but what its weight needs if none came in.
-        copies = 5 if trained else 4 if has_gradient else 1
-        kept += copies * HALF * rows * width * group // ways
-    return kept
+    return kept + HALF * rows * 2 * width * sum(job.group_sizes) // ways
 
 
 def activation_bytes(job: Job, layout: Layout, tokens: int, recompute: str = "none", fused_norms: bool = True) -> int:
