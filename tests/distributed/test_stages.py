@@ -96,16 +96,23 @@ def test_pretraining_in_several_processes_equals_pretraining_in_one(road: Path, 
     assert rows(tmp_path / "together")[2]["communication_seconds"] > 0
 
 
-@pytest.mark.parametrize("keys", [["train.recompute=full"], ["train.recompute=selective", "train.compile=true"]])
+@pytest.mark.parametrize(
+    ("active", "keys"),
+    [
+        (2, ["train.recompute=full"]),
+        (2, ["train.recompute=selective", "train.compile=true"]),
+        (4, ["train.recompute=selective"]),
+    ],
+)
 def test_blocks_that_compute_again_or_are_compiled_train_alike_in_several_processes(
-    road: Path, assembled: Path, tmp_path: Path, keys: list[str]
+    road: Path, assembled: Path, tmp_path: Path, active: int, keys: list[str]
 ) -> None:
-    """2 of 4 experts, whose rows take the way to other processes and back."""
+    """Also 2 of 4 experts, whose rows take the way to other processes and back."""
     _, number, layout = ALL
     common = [
         f"model={assembled}",
         f"data.dir={road}/data/letters",
-        "active_experts=2",
+        f"active_experts={active}",
         "train.steps=3",
         "train.microbatch_sequences=2",
     ]

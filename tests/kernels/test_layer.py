@@ -12,6 +12,7 @@ from flexpert_kernels.moe.reference import reference_moe
 from flexpert_kernels.swiglu.reference import swiglu_backward
 from poison import poisoned
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CPU_BACKENDS = ("auto", "loop", "grouped_mm", "dense")
 #: Experts, active experts, tokens, width, FFN width.
@@ -210,7 +211,35 @@ def test_the_choice_follows_what_there_is_and_is_told_once(caplog: pytest.LogCap
         for _ in range(2):
             assert dispatch.choose(2, 2, 64, torch.bfloat16, cpu, (64, 64)) == "dense"
             assert dispatch.choose(8, 2, 64, torch.bfloat16, cpu, (64, 64)) == dispatch.ON_CPU
+            assert dispatch.choose(2, 2, 64, torch.bfloat16, cpu, (64, 64), is_part=True) == dispatch.ON_CPU
     assert len(caplog.messages) == 2
+
+
+def test_on_a_gpu_the_choice_follows_its_age_the_shapes_and_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one: nothing is computed."""
+    gpu, bf16, age = torch.device("cuda"), torch.bfloat16, (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: age)
+    assert dispatch.choose(8, 2, 4096, bf16, gpu, (4096, 11008)) == "triton"
+    assert dispatch.choose(2, 1, 1 << 15, bf16, gpu, (4096, 11008)) == "loop"
+    assert dispatch.choose(8, 2, 4096, torch.float32, gpu, (4096, 11008)) == "loop"
+    assert dispatch.choose(8, 2, 4096, bf16, gpu, (4096, 11009)) == "loop"
+    assert dispatch.choose(512, 8, 4096, bf16, gpu, (4096, 11008)) == "loop"
+    for dtype, backend in ((torch.float32, "triton"), (bf16, "triton"), (torch.float64, "loop")):
+        with FakeTensorMode():
+            assert dispatch.elementwise(torch.empty(4, 8, dtype=dtype, device=gpu)) == backend
+    age = (7, 5)
+    assert dispatch.choose(8, 2, 4096, bf16, gpu, (4096, 11008)) == "loop"
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
+def test_under_autocast_the_result_is_in_its_type(backend: str) -> None:
+    for case in ((4, 2, 9, 16, 24), (3, 3, 9, 16, 24)):
+        leaves, indices = inputs(case, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = moe_ffn(leaves[0], leaves[1], indices, *leaves[2:], backend=backend)
+        assert y.dtype == torch.bfloat16
+        assert relative_error(y, moe_ffn(leaves[0], leaves[1], indices, *leaves[2:])) < 1e-2
+        assert all(part.dtype == torch.float32 for part in torch.autograd.grad(y.float().sum(), leaves))
 
 
 def check_without_rows(backend: str) -> None:

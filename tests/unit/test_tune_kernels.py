@@ -40,6 +40,7 @@ def test_the_layer_of_a_named_shape() -> None:
     assert layer("model=flex_37b") == Layer(4096, 11008, 8, 4, 4 * 8192)
     assert layer("model=flex_37b", "active_experts=2", "tokens=4096") == Layer(4096, 11008, 8, 2, 2 * 4096)
     assert layer("model=flex_37b", "expert_tensor=2") == Layer(4096, 5504, 8, 4, 4 * 8192)
+    assert layer("model=flex_37b", "expert=4") == Layer(4096, 11008, 2, 1, 4 * 8192)
 
 
 def test_the_layer_of_a_model_directory(mixture: Path) -> None:

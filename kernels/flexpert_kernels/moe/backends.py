@@ -33,18 +33,30 @@ def of_products(products: loop.Products) -> Backend:
                    loop.swiglu_backward)  # fmt: skip
 
 
-BACKENDS = {"loop": of_products(loop.LOOP), "grouped_mm": of_products(loop.GROUPED_MM)}
+BACKENDS = {name: of_products(loop.Products(*operators)) for name, operators in loop.OPERATORS.items()}
 
 
-def backend_of(name: str) -> Backend:
-    load(name)
-    return BACKENDS[name]
+def backend_of(name: str, around: str = "loop") -> Backend:
+    """The functions of a backend.
+
+    Args:
+        name: loop, grouped_mm or triton.
+        around: where that is triton, kernels do all but the products of the other two.
+    """
+    if "triton" in (name, around):
+        load()
+    return BACKENDS[name if around != "triton" or name == "triton" else f"{name} and triton"]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def load(name: str) -> None:
+def load() -> None:
     """Triton is imported for the first layer that it computes."""
-    if name not in BACKENDS:
-        from flexpert_kernels.moe import kernels
+    if "triton" not in BACKENDS:
+        from flexpert_kernels.moe.kernels import BACKEND
 
-        BACKENDS["triton"] = kernels.BACKEND
+        BACKENDS["triton"] = BACKEND
+        for name, operators in loop.OPERATORS.items():
+            products = loop.Products(*operators, swiglu=BACKEND.swiglu)
+            BACKENDS[f"{name} and triton"] = BACKEND._replace(
+                up=products.up, rows=products.rows, outer=products.outer, gathers=False
+            )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpert_kernels.moe.dispatch import BACKENDS, lacking
+from flexpert_kernels.moe.dispatch import BACKENDS, missing
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -40,7 +40,7 @@ def check_moe(
         of_rows = width * x_TD.element_size() % 16 == ffn * x_TD.element_size() % 16 == 0
         expect(of_rows, "down_EDF", f"rows of multiples of 16 bytes for backend {backend}", [width, ffn])
     if backend == "triton":
-        lacks = lacking(x_TD.device, torch.bfloat16, ())
+        lacks = missing(x_TD.device)
         expect(not lacks, "backend", "a CUDA device of sm_80 or newer, and Triton", f"triton, where {lacks}, is")
     if checked and indices_TK.numel():
         largest = int(indices_TK.max())

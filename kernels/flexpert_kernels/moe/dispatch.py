@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from flexpert_kernels.route import MAX_EXPERTS
+
 logger = logging.getLogger("flexpert_kernels")
 
 #: Where an expert has at least so many rows, and there are few experts, one library product each is hard to beat
@@ -25,7 +27,13 @@ told: set[tuple[str, str]] = set()
 
 
 def choose(
-    num_experts: int, top_k: int, num_rows: int, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]
+    num_experts: int,
+    top_k: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    widths: tuple[int, ...],
+    is_part: bool = False,
 ) -> str:
     """A backend of `moe_ffn`. Its name and why are logged, once each.
 
@@ -36,9 +44,10 @@ def choose(
         dtype: of the products.
         device: where the tensors are.
         widths: of the rows that kernels would read, D and F.
+        is_part: some of a token's experts are held elsewhere.
     """
-    level, lacks = logging.INFO, lacking(device, dtype, widths)
-    if top_k == num_experts:
+    level, lacks = logging.INFO, lacking(device, dtype, widths, num_experts)
+    if top_k == num_experts and not is_part:
         backend, reason = "dense", "every expert is active, so there is nothing to sort"
     elif device.type != "cuda":
         backend, reason = ON_CPU, "there is no GPU"
@@ -60,24 +69,30 @@ def tell(level: int, backend: str, reason: str) -> None:
         logger.log(level, "expert layers are computed by the backend %s: %s", backend, reason)
 
 
+def lacking(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = (), num_experts: int = 1) -> str:
+    """What keeps the Triton kernels from computing a layer there; empty: nothing."""
+    lacks: str = missing(device)
+    if lacks:
+        return lacks
+    if dtype not in (torch.bfloat16, torch.float16) and device.type == "cuda":
+        return f"{dtype} is not for tensor cores"
+    if any(width * dtype.itemsize % 16 for width in widths):
+        return f"rows of {' or '.join(map(str, widths))} are not multiples of 16 bytes"
+    return f"{num_experts} experts are more than {MAX_EXPERTS}" if num_experts > MAX_EXPERTS else ""
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def lacking(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
-    """What keeps the Triton kernels from running there; empty: nothing. Triton's interpreter needs no GPU."""
+def missing(device: torch.device) -> str:
+    """What any Triton kernel lacks on a device; empty: nothing. Triton's interpreter needs no GPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     if device.type != "cuda":
         return "there is no GPU"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than sm_80"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"{dtype} is not for tensor cores"
-    if any(width * dtype.itemsize % 16 for width in widths):
-        return f"rows of {' or '.join(map(str, widths))} are not multiples of 16 bytes"
-    return ""
+    return "the GPU is older than sm_80" if torch.cuda.get_device_capability(device) < (8, 0) else ""
 
 
-def elementwise(x: Tensor) -> str:
+def elementwise(x: Tensor, num_experts: int = 1) -> str:
     """The backend of what has no products in it."""
-    return "loop" if lacking(x.device, x.dtype if x.is_floating_point() else torch.bfloat16, ()) else "triton"
+    return "loop" if missing(x.device) or x.dtype == torch.float64 or num_experts > MAX_EXPERTS else "triton"

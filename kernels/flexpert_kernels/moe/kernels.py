@@ -3,6 +3,10 @@
 Shapes as in `layer.py`. Each `like_…` tells PyTorch's compiler what the kernel's results look like.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,14 +18,26 @@ from flexpert_kernels.route import triton as routing
 from flexpert_kernels.swiglu import triton as gating
 
 
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launched on the device that its first argument is on, whichever is current."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **keys: Any) -> Any:
+        with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]
+            return function(*args, **keys)
+
+    return run
+
+
 def route_of(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`route` without bias, which is in the logits, and without renormalisation."""
     return routing.route(logits_TE, top_k)
 
 
 def like_route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
-    return torch.empty_like(logits_TE), weights_TK, weights_TK.long(), logits_TE.new_empty(logits_TE.shape[0])
+    probs_TE = torch.empty_like(logits_TE, dtype=torch.float32)
+    weights_TK = probs_TE.new_empty(logits_TE.shape[0], top_k)
+    return probs_TE, weights_TK, weights_TK.long(), probs_TE.new_empty(logits_TE.shape[0])
 
 
 def like_sort(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,14 +109,14 @@ def like_swiglu_backward(
 
 
 BACKEND = Backend(
-    route=register(route_of, like_route),
-    sort=register(routing.sort_by_expert, like_sort),
-    up=register(grouped.up, like_up),
-    rows=register(grouped.rows, like_rows),
-    outer=register(outer_of, like_outer),
-    combine=register(combining.combine, like_combine),
-    combine_backward=register(combine_backward_of, like_combine_backward),
-    swiglu=register(gating.swiglu, like_swiglu),
-    swiglu_backward=register(swiglu_backward_of, like_swiglu_backward),
+    route=register(guarded(route_of), like_route),
+    sort=register(guarded(routing.sort_by_expert), like_sort),
+    up=register(guarded(grouped.up), like_up),
+    rows=register(guarded(grouped.rows), like_rows),
+    outer=register(guarded(outer_of), like_outer),
+    combine=register(guarded(combining.combine), like_combine),
+    combine_backward=register(guarded(combine_backward_of), like_combine_backward),
+    swiglu=register(guarded(gating.swiglu), like_swiglu),
+    swiglu_backward=register(guarded(swiglu_backward_of), like_swiglu_backward),
     gathers=True,
 )

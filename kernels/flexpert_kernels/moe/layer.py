@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexpert_kernels.moe.backends import Backend, backend_of
 from flexpert_kernels.moe.check import check_moe
-from flexpert_kernels.moe.dispatch import choose, elementwise, lacking
+from flexpert_kernels.moe.dispatch import choose, elementwise, missing
 from flexpert_kernels.moe.reference import reference_moe
 
 
@@ -26,6 +26,7 @@ def moe_ffn(
     *,
     backend: str = "auto",
     checked: bool = True,
+    is_part: bool = False,
 ) -> Tensor:
     """Each token through its own experts: `y_t = Σ_k w_tk · W2_e (silu(W1_e x_t) ⊙ W3_e x_t)`, e = indices_tk, [T, D].
 
@@ -40,6 +41,7 @@ def moe_ffn(
         down_EDF: W2 of every expert; likewise.
         backend: auto (see `dispatch.choose`), reference, dense, loop, grouped_mm or triton.
         checked: whether to look at the indices; on a GPU that waits for it. False: a top-k made them.
+        is_part: some tokens' experts are held elsewhere, which `auto` shall know.
 
     Raises:
         ValueError: an argument's type, device, shape or stride does not fit, or an index is E or more.
@@ -48,16 +50,20 @@ def moe_ffn(
         check_moe(x_TD, weights_TK, indices_TK, gate_up_E2FD, down_EDF, backend, checked)
     (num_experts, width, ffn), (tokens, top_k) = down_EDF.shape, indices_TK.shape
     if backend == "auto":
-        backend = choose(num_experts, top_k, tokens * top_k, result_dtype(x_TD), x_TD.device, (width, ffn))
-    if backend == "reference":
-        return reference_moe(x_TD, weights_TK, indices_TK, gate_up_E2FD, down_EDF).to(x_TD.dtype)
+        dtype, is_dense_memory = result_dtype(x_TD), gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous()
+        backend = choose(num_experts, top_k, tokens * top_k, dtype, x_TD.device, (width, ffn), is_part)
+        backend = "loop" if backend == "triton" and not is_dense_memory else backend
     if backend == "dense":
         probs_TE = weights_TK.new_zeros(len(x_TD), len(down_EDF))
         is_here = indices_TK >= 0
         probs_TE = probs_TE.scatter_add(1, indices_TK.clamp(min=0), weights_TK.where(is_here, 0))
         return dense_mixing(x_TD, probs_TE, gate_up_E2FD, down_EDF)
     x, gate_up, down = as_computed(x_TD, gate_up_E2FD, down_EDF)
-    y_TD: Tensor = Routed.apply(x, weights_TK, indices_TK, gate_up, down, backend)  # type: ignore[no-untyped-call]
+    with torch.autocast(x.device.type, enabled=False):  # they are in its type, or in a better one
+        if backend == "reference":
+            y_TD = reference_moe(x, weights_TK, indices_TK, gate_up, down)
+        else:
+            y_TD = Routed.apply(x, weights_TK, indices_TK, gate_up, down, backend)  # type: ignore[no-untyped-call]
     return y_TD.to(result_dtype(x_TD))
 
 
@@ -69,7 +75,8 @@ def dense_mixing(x_TD: Tensor, probs_TE: Tensor, gate_up_E2FD: Tensor, down_EDF:
     it no products for weights.
     """
     x, gate_up, down = as_computed(x_TD, gate_up_E2FD, down_EDF)
-    y_TD: Tensor = Mixed.apply(x, probs_TE, gate_up, down, elementwise(x))  # type: ignore[no-untyped-call]
+    with torch.autocast(x.device.type, enabled=False):
+        y_TD: Tensor = Mixed.apply(x, probs_TE, gate_up, down, elementwise(x))  # type: ignore[no-untyped-call]
     return y_TD.to(result_dtype(x_TD))
 
 
@@ -83,7 +90,7 @@ class Order(NamedTuple):
 
 def sort_by_expert(indices_TK: Tensor, num_experts: int) -> Order:
     """Rows of an expert in the order of their pairs; negative indices come last."""
-    return Order(*backend_of(elementwise(indices_TK)).sort(indices_TK, num_experts))
+    return Order(*backend_of(elementwise(indices_TK, num_experts)).sort(indices_TK, num_experts))
 
 
 def spread(x_TD: Tensor, order: Order) -> Tensor:
@@ -135,8 +142,8 @@ def result_dtype(x: Tensor) -> torch.dtype:
 def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the type of the products: the result's; fp32 for half precision on a CPU, where its backward pass crawls."""
     dtype = result_dtype(tensors[0])
-    if dtype.itemsize == 2 and lacking(tensors[0].device, dtype, ()):
-        dtype = torch.float32 if tensors[0].device.type == "cpu" else dtype
+    if dtype.itemsize == 2 and tensors[0].device.type == "cpu" and missing(tensors[0].device):
+        dtype = torch.float32
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
@@ -151,7 +158,7 @@ class Routed(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, gate_up: Tensor, down: Tensor, name: str
     ) -> Tensor:
-        ops = backend_of(name)
+        ops = backend_of(name, elementwise(x_TD, len(down)))
         order_N, places_TK, offsets = ops.sort(indices_TK, len(down))
         source, index_N, top_k = of_rows(ops, x_TD, order_N, places_TK)
         h_N2F, a_NF = ops.up(source, index_N, top_k, gate_up, offsets)
@@ -163,8 +170,8 @@ class Routed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ops = backend_of(ctx.name)
         x_TD, weights_TK, order_N, places_TK, offsets, h_N2F, gate_up, down = ctx.saved_tensors
+        ops = backend_of(ctx.name, elementwise(h_N2F, len(down)))
         need_x, need_weights, _, need_gate_up, need_down, _ = ctx.needs_input_grad
         dx_TD = dweights_TK = dgate_up = ddown = None
         dy, index_N, top_k = of_rows(ops, grads[0], order_N, places_TK)
@@ -191,7 +198,7 @@ def of_rows(ops: Backend, x_TD: Tensor, order_N: Tensor, places_TK: Tensor) -> t
 
 
 class Mixed(torch.autograd.Function):
-    """`dense_mixing`, expert by expert; sums over experts are accumulated in place."""
+    """`dense_mixing`, expert by expert."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, probs_TE: Tensor, gate_up: Tensor, down: Tensor, name: str) -> Tensor:
@@ -199,7 +206,8 @@ class Mixed(torch.autograd.Function):
         for probs_T, gate_up_2FD, down_DF in zip(probs_TE.unbind(1), gate_up.flatten(1, 2), down, strict=True):
             h_T2F = F.linear(x_TD, gate_up_2FD)
             a_TF = ops.swiglu(h_T2F, probs_T)
-            y_TD = F.linear(a_TF, down_DF) if y_TD is None else y_TD.addmm_(a_TF, down_DF.T)
+            # Not in place: selective recomputation keeps what a product returns.
+            y_TD = F.linear(a_TF, down_DF) if y_TD is None else torch.addmm(y_TD, a_TF, down_DF.T)
             kept.append(h_T2F)
         assert y_TD is not None, "a group holds at least one expert"
         ctx.name = name

@@ -62,19 +62,25 @@ class Products:
     """One way to multiply each expert's rows; its methods are a `Backend`'s.
 
     Args:
-        rows: `(x_NI, weight_EIO, offsets) → y_NO`.
-        outer: `(y_NO, x_NI, offsets) → weight_EOI`.
+        rows: operator `(x_NI, weight_EIO, offsets) → y_NO`.
+        outer: operator `(y_NO, x_NI, offsets) → weight_EOI`.
+        swiglu: what follows gate and up.
     """
 
-    def __init__(self, rows: Callable[..., Tensor], outer: Callable[..., Tensor]) -> None:
-        self._rows, self._outer = register(rows, like_rows), register(outer, like_outer)
+    def __init__(
+        self,
+        rows: Callable[..., Tensor],
+        outer: Callable[..., Tensor],
+        swiglu: Callable[..., Tensor] = reference.swiglu,
+    ) -> None:
+        self._rows, self._outer, self._swiglu = rows, outer, swiglu
 
     def up(
         self, x: Tensor, order_N: Tensor | None, top_k: int, gate_up_E2FD: Tensor, offsets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both projections of each row side by side, [N, 2F], and `silu(gate) ⊙ up`, [N, F]."""
         h_N2F = self.rows(x, gate_up_E2FD.flatten(1, 2), offsets, False, order_N, top_k)
-        return h_N2F, reference.swiglu(h_N2F)
+        return h_N2F, self._swiglu(h_N2F)
 
     def rows(
         self, x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool = False, order_N: Tensor | None = None,
@@ -103,7 +109,7 @@ def swiglu_backward(
     Without it they go over blocks of rows that stay in a core's cache, in half the time. Rows from `num_rows` on are 0
     already, because the products made them so.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or h_N2F.device.type != "cpu":
         return reference.swiglu_backward(h_N2F, da_NF, weights_N)
     dh_N2F, a_NF, dweights_N = torch.empty_like(h_N2F), torch.empty_like(da_NF), weights_N.new_empty(len(weights_N))
     length = max(1, BLOCK // da_NF.shape[1])
@@ -126,5 +132,8 @@ def of_rows(x: Tensor, order_N: Tensor | None, top_k: int) -> Tensor:
     return x if order_N is None else x.index_select(0, order_N // top_k)
 
 
-LOOP = Products(loop_rows, loop_outer)
-GROUPED_MM = Products(grouped_rows, grouped_outer)
+#: Rows and outer products of each backend.
+OPERATORS = {
+    "loop": (register(loop_rows, like_rows), register(loop_outer, like_outer)),
+    "grouped_mm": (register(grouped_rows, like_rows), register(grouped_outer, like_outer)),
+}

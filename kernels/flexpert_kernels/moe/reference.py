@@ -32,4 +32,4 @@ def reference_moe(
             gate_F, up_F = gate_up_E2FD[expert, 0] @ x_D, gate_up_E2FD[expert, 1] @ x_D
             y_D = y_D + weight * (down_EDF[expert] @ (gate_F * gate_F.sigmoid() * up_F))
         rows.append(y_D)
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros_like(x_TD)

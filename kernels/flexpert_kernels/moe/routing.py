@@ -19,7 +19,7 @@ def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     Returns: probabilities [T, E]; the chosen ones' [T, K], largest first; their experts [T, K], the smaller index first
         among equals; log Σ_e exp(logit_e − mean logit) [T], for the z-loss.
     """
-    if elementwise(logits_TE) == "loop":
+    if elementwise(logits_TE, logits_TE.shape[1]) == "loop":
         return reference.route(logits_TE, top_k)
     return Route.apply(logits_TE, top_k)  # type: ignore[no-any-return, no-untyped-call]
 

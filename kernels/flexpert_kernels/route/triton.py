@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert_kernels.grouped_mm.launch import check, check_shape
+from flexpert_kernels.route import MAX_EXPERTS
 
-MAX_EXPERTS = 256
 MAX_TILES = 256
 ELEMENTS = 4096  # of a block of pairs or tiles × experts
 PLACE_WARPS = 8  # with 4, three such blocks in registers come close to 255 a thread

@@ -444,10 +444,11 @@ class TuneKernelsConfig(Lockable):
     model: str = opt(MISSING, "a named choice of conf/model, such as flex_37b, or a model directory", path="file")
     tokens: int = opt(8192, "tokens of a microbatch")
     active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
+    expert: int = opt(1, "ranks that share the experts, as parallel.expert")
     expert_tensor: int = opt(1, "ranks that share each expert's FFN width, as parallel.expert_tensor")
 
     def check(self) -> None:
-        check_positive("", self, "tokens", "active_experts", "expert_tensor")
+        check_positive("", self, "tokens", "active_experts", "expert", "expert_tensor")
 
 
 #: Stage name → schema of its config; `conf/STAGE.yaml` holds the defaults.

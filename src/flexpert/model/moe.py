@@ -47,17 +47,20 @@ class ExpertGroup(nn.Module):
         """As the products read them."""
         return self.gate_up, self.down
 
-    def forward(self, x_TD: Tensor, weights: Tensor, indices_TK: Tensor | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, weights: Tensor, indices_TK: Tensor | None = None, is_part: bool = False) -> Tensor:
         """What the group adds to each token, [T, D].
 
         Args:
             x_TD: tokens.
             weights: of all the group's experts, [T, E]; or, with `indices_TK`, of those that they name, [T, K].
             indices_TK: each token's experts, counted from the group's first; negative: held elsewhere.
+            is_part: whether some are.
         """
         if indices_TK is None:
             return dense_mixing(x_TD, weights, *self.matrices())
-        return moe_ffn(x_TD, weights, indices_TK, *self.matrices(), backend=self.backend, checked=False)
+        return moe_ffn(
+            x_TD, weights, indices_TK, *self.matrices(), backend=self.backend, checked=False, is_part=is_part
+        )
 
 
 def held(indices_TK: Tensor, first: int, size: int) -> Tensor:
@@ -97,7 +100,8 @@ class MixtureOfExperts(nn.Module):
             if self.all_active:
                 part = group(x_TD, routing.probs_TE[:, first:last].to(x.dtype))
             else:
-                part = group(x_TD, routing.weights_TK.to(x.dtype), held(routing.indices_TK, first, size))
+                here_TK = held(routing.indices_TK, first, size)
+                part = group(x_TD, routing.weights_TK.to(x.dtype), here_TK, len(self.groups) > 1)
             y_TD = part if y_TD is None else y_TD + part
             first = last
         assert y_TD is not None
@@ -110,9 +114,13 @@ def set_backend(model: nn.Module, backend: str, device: torch.device) -> None:
     Raises:
         UserError: the device, or what is installed, does not allow it.
     """
-    lacks = lacking(device, torch.bfloat16, ()) if backend == "triton" else ""
-    if lacks:
-        raise UserError(f"moe_backend=triton cannot be used: {lacks}; leave moe_backend=auto")
-    for module in model.modules():
-        if isinstance(module, ExpertGroup):
-            module.backend = backend
+    groups = [module for module in model.modules() if isinstance(module, ExpertGroup)]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for group in groups:
+        num_experts, *widths = group.down.shape
+        lacks = lacking(device, dtype, tuple(widths), num_experts) if backend == "triton" else ""
+        if backend == "grouped_mm" and any(width * dtype.itemsize % 16 for width in widths):
+            lacks = f"rows of {widths[0]} or {widths[1]} are not multiples of 16 bytes"
+        if lacks:
+            raise UserError(f"moe_backend={backend} cannot be used: {lacks}; leave moe_backend=auto")
+        group.backend = backend

@@ -155,7 +155,6 @@ def scatter_from(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return x if group.size() == 1 else _Scatter.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def start_exchange(x: Tensor, way: Way) -> Tensor:
     """Send rows on a way of their own; what is returned, nothing but `finish_exchange` may read.
 
@@ -165,7 +164,6 @@ def start_exchange(x: Tensor, way: Way) -> Tensor:
     return _Start.apply(x, way)  # type: ignore[no-untyped-call, no-any-return]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def finish_exchange(x: Tensor, way: Way) -> Tensor:
     """The rows that arrived."""
     return _Finish.apply(x, way)  # type: ignore[no-untyped-call, no-any-return]

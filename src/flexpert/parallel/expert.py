@@ -126,13 +126,16 @@ class ParallelMixture(MixtureOfExperts):
                 indices_TK = gather_to(indices_TK, 0, axes.mesh.get_group(axis))
         if together:
             here_TK = held(indices_TK, group.first, group.num_experts)
-            return axes.leave(axes.leave(group(x_TD, weights_TK, here_TK), "ep"), "etp")
+            is_part = group.num_experts < self.group_sizes[0]
+            return axes.leave(axes.leave(group(x_TD, weights_TK, here_TK, is_part), "ep"), "etp")
         return axes.leave(self.exchange(group, x_TD, weights_TK, indices_TK), "etp")
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def exchange(self, group: ExpertGroup, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """Rows to the ranks of their experts by all-to-all, and back.
 
-        The tokens are two halves: while one is computed, the other is under way, in the backward pass, too.
+        The tokens are two halves: while one is computed, the other is under way, in the backward pass, too. It is not
+        compiled: the numbers of rows differ each time, and the compiler would make each a constant.
         """
         ranks, experts = self.axes.experts, self.group_sizes[0]
         halves = [

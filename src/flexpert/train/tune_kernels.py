@@ -20,8 +20,9 @@ class Layer(NamedTuple):
 
     Attributes:
         hidden, ffn: widths, the latter this rank's part.
-        num_experts, active_experts: of the model.
-        rows: of a microbatch, pairs of a token and one of its experts.
+        num_experts: that it holds.
+        active_experts: of a token; 1 where ranks share the experts, because each row is sent to one of them.
+        rows: of a microbatch, pairs of a token and one of its experts; as many come from other ranks as go there.
     """
 
     hidden: int
@@ -48,6 +49,8 @@ def run(config: TuneKernelsConfig, resolved: str) -> None:
         tuned = tune(*widths, layer.num_experts, layer.rows, device, dtype)
     except torch.OutOfMemoryError:
         raise UserError(f"tokens={config.tokens}: the rows of a layer do not fit this GPU; give fewer") from None
+    except ValueError as error:  # of every candidate of a product
+        raise UserError(f"tune_kernels: {error}") from None
     for line in lines_of(tuned):
         print(line)
     print(f"kept in {cache_file()} for {torch.cuda.get_device_name(device)}")
@@ -61,13 +64,13 @@ def layer_of(config: TuneKernelsConfig) -> Layer:
     active = config.active_experts or model.active_experts
     if active > model.num_experts:
         raise UserError(f"active_experts={active} is more than the {model.num_experts} experts of model={config.model}")
-    ffn, over = divmod(model.intermediate_size, config.expert_tensor)
-    if over:
-        raise UserError(
-            f"expert_tensor={config.expert_tensor} does not divide the FFN width {model.intermediate_size} of "
-            f"model={config.model}"
-        )
-    return Layer(model.hidden_size, ffn, model.num_experts, active, config.tokens * active)
+    shares = {"expert": model.num_experts, "expert_tensor": model.intermediate_size}
+    for key, whole in shares.items():
+        if whole % getattr(config, key):
+            what = "experts" if key == "expert" else "columns of each expert"
+            raise UserError(f"{key}={getattr(config, key)} does not divide the {whole} {what} of model={config.model}")
+    ffn, held = model.intermediate_size // config.expert_tensor, model.num_experts // config.expert
+    return Layer(model.hidden_size, ffn, held, active if config.expert == 1 else 1, config.tokens * active)
 
 
 def model_of(name: str) -> ModelConfig:
