@@ -22,6 +22,8 @@ from flexpert.errors import UserError
 from flexpert.monitor.report import run
 from flexpert.records import write_json, write_record
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 APT = "apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver"
 SECTIONS = ["result", "methods", "routing", "removal", "losses", "facts"]
@@ -191,7 +193,6 @@ def cells(driver: webdriver.Chrome, table: str) -> dict[str, list[str]]:
     return dict(driver.execute_script(script, table))
 
 
-@pytest.mark.slow
 def test_page_opens_in_a_browser_and_fetches_nothing(browser: webdriver.Chrome, complete: Path) -> None:
     log(browser, "performance")
     browser.get((complete / "report.html").as_uri())

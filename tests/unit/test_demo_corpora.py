@@ -17,6 +17,8 @@ import pytest
 from flexpert.data import demo
 from flexpert.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 GENERATED = ("math", "news", "records")
 PRIVATE = ("math", "code", "reference", "news", "records")
 
@@ -43,7 +45,6 @@ def test_six_corpora_and_a_helpful_error_for_any_other() -> None:
         demo.documents("poetry")
 
 
-@pytest.mark.slow
 def test_sizes_are_within_bounds(corpora: dict[str, list[str]]) -> None:
     for name in GENERATED:
         assert 1_450_000 < num_bytes(corpora[name]) < 1_550_000, name
@@ -53,7 +54,6 @@ def test_sizes_are_within_bounds(corpora: dict[str, list[str]]) -> None:
     assert all(150 <= len(document) <= 400 for document in corpora["math"])
 
 
-@pytest.mark.slow
 def test_corpora_of_the_whole_library_have_the_stated_sizes() -> None:
     assert 3_000_000 < num_bytes(list(demo.documents("public"))) < 4_500_000
     assert 1_450_000 < num_bytes(list(demo.documents("code"))) < 1_550_000

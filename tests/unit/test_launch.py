@@ -96,6 +96,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "parts"), MISTAKES)
 def test_a_mistake_is_told_before_anything_starts(
     overrides: list[str], parts: tuple[str, ...], tmp_path: Path, refused: Refused

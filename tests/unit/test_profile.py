@@ -14,6 +14,8 @@ from flexpert.config.compose import compose
 from flexpert.errors import UserError
 from flexpert.train.callbacks import diagnostics
 
+pytestmark = pytest.mark.slow
+
 
 def steps_in(trace: Path) -> list[str]:
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
