@@ -45,10 +45,7 @@ class ComputeConfig(Lockable):
 class ModelConfig(ComputeConfig):
     """Group `model`: the shape of an OLMo2 model (`num_experts=0`) or a FlexOlmo mixture, and how it is computed."""
 
-    linear: str = opt(
-        "torch",
-        "what computes the blocks' linear layers in pretraining: torch or, likewise, te_fp8 (transformer-engine's fp8)",
-    )
+    linear: str = opt("torch", "the blocks' linear layers in pretraining: torch or te_fp8 (transformer-engine, fp8)")
     hidden_size: int = opt(MISSING, "width of the residual stream, D")
     num_layers: int = opt(MISSING, "decoder blocks, L")
     num_heads: int = opt(MISSING, "attention heads")
@@ -173,9 +170,7 @@ class ParallelConfig(Lockable):
     expert: int = opt(1, "processes that share the experts; an expert job's share both experts' FFN width")
     expert_tensor: int | None = opt(None, "processes that share each expert's FFN width; null: as tensor")
     data: int = opt(-1, "processes, or tensor groups, with other sequences, which share optimiser state; -1: the rest")
-
     replicas: int = opt(1, "in training: copies of the sharded state (hybrid sharding), as one on each node")
-
     timeout: float = opt(600.0, "seconds to wait for the other processes: to meet them, and in each collective")
 
     def check(self) -> None:
