@@ -4,7 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys;
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two workers with one thread each: a toy model gains nothing from a second thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Files in the order of their names: by default xdist deals those with the most tests first, and the few long ones last, one core idle.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 APT := chromium chromium-driver zsh
 
 .PHONY: demo test test-fast lint apt clean

@@ -168,6 +168,7 @@ def test_a_run_that_ends_in_its_warm_up_says_so_once(road: Path, tmp_path: Path,
     assert capsys.readouterr().out.count(note) == 1
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_terminated_cleans_up(road: Path, tmp_path: Path) -> None:
     """As a scheduler ends it, or the pipeline that started it."""
     output = tmp_path / "data"

@@ -115,6 +115,7 @@ def test_the_reference_takes_the_kernels_integers() -> None:
     check(reference, (13, 4, 2, 33, "half"), torch.float32, True, torch.int32)
 
 
+@pytest.mark.slow
 def test_the_reference_is_traced_whole() -> None:
     def both(y_ND: Tensor, weights_TK: Tensor, dz_TD: Tensor, *order: Tensor) -> tuple[Tensor | None, ...]:
         order_N, places_TK, offsets = order

@@ -189,6 +189,7 @@ def test_attention_within_documents_sees_no_other_document(road: Path) -> None:
     assert (model(both).stream_BSD[:, 4:] - joined[:, 4:]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_calibration_moves_the_row_and_bias_alone(expert_overrides: list[str], tmp_path: Path) -> None:
     biased = [*expert_overrides, "router.bias=true", "router.init=discriminant"]
     train("expert", *biased, f"output_dir={tmp_path}/plain")

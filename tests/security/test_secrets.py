@@ -45,6 +45,7 @@ def expert_config(output: Path) -> str:
     return compose("expert", ["name=math", "train.steps=3", "optim.lr=3e-3", f"output_dir={output}", *given])[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("secrets")
 def test_a_wandb_run_holds_numbers_and_choices_and_nothing_else(tmp_path: Path) -> None:
     """An offline run, all of whose files are searched. Its logs, which W&B does not upload, name its own directory."""

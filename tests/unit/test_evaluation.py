@@ -100,6 +100,7 @@ def test_bits_per_byte_is_what_each_token_costs_after_those_before_it(
         assert record["domains"][domain] == {"documents": 3, "bytes": num_bytes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_the_ensemble_averages_probabilities_by_what_came_before(
     temperature: float, road: Path, models: Path, tmp_path: Path
@@ -217,6 +218,7 @@ def test_no_more_logits_than_a_chunk_are_held(road: Path, models: Path, monkeypa
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_leaving_one_out_changes_nothing_but_that_expert(road: Path, models: Path, tmp_path: Path) -> None:
     methods = evaluate(road, models / "mixture", tmp_path / "a", "leave_one_out=true", "active_experts=1")["methods"]
     assert list(methods) == ["model", "without expert-1", "without expert-2"]
@@ -307,6 +309,7 @@ def test_a_baseline_of_another_tokenizer_vocabulary_or_shape(
     assert list(methods) == ["model", "public", "dense math", "btm"]
 
 
+@pytest.mark.slow
 def test_the_table_says_what_was_left_out(
     road: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,7 @@ def test_an_owners_own_overrides_come_after_the_shared_ones() -> None:
     assert configs["dense/math"].optim.lr == 2e-3
 
 
+@pytest.mark.slow
 def test_the_dense_fine_tunes_see_as_much_public_text_as_they_are_told() -> None:
     assert smoke_configs()["dense/math"].data.dir == "run/data/math"
     nodes = smoke_nodes("pipeline.dense_public_share=0.25")
@@ -113,6 +114,7 @@ def test_the_pipelines_that_come_along_pass_these_checks(pipeline: str) -> None:
     check_evaluable(config.pipeline.gates, compose_all(build_graph(config))["evaluation"])
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "file").touch()
     for place in (f"{tmp_path}/file/x", f"{tmp_path}/file", "/proc/run"):  # /proc refuses everybody, root too
@@ -120,6 +122,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, refused: Re
             run(*compose("pipeline", ["pipeline=smoke", f"output_dir={place}"]))
 
 
+@pytest.mark.slow
 def test_somebodys_own_files_are_neither_taken_nor_deleted(tmp_path: Path, refused: Refused) -> None:
     own = tmp_path / "data/math/book.txt"
     own.parent.mkdir(parents=True)

@@ -174,6 +174,7 @@ def test_devices_are_known_by_the_names_that_cuda_gives(name: str, tera_flops: f
     assert peak_of(name) == (None if tera_flops is None else pytest.approx(tera_flops * 1e12))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_started_again_goes_on_in_the_same_wandb_run(
     expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
