@@ -135,7 +135,7 @@ def main() -> None:
     small = parser.parse_args().small
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda" and not small:
-        raise SystemExit("there is no CUDA device here: --small shows that the script runs")
+        parser.exit(2, "gpu.py: there is no CUDA device here; --small shows that the script runs\n")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, no GPU"
     config = compose("pretrain", ["data.dir=/d", "model=olmo2_7b", "train.steps=1"])[0].model
     sequences, length = 2, LENGTH

@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -69,10 +69,14 @@ GOALS = (
 
 
 class Report:
-    """Tables, printed as they grow and in a file whatever happens next; and what was seen of each goal."""
+    """Tables, printed as they grow and in a file whatever happens next; and what was seen of each goal.
 
-    def __init__(self, output: Path | None) -> None:
-        self.output, self.started = output, time.monotonic()
+    Args:
+        goals: those that mean something where this runs.
+    """
+
+    def __init__(self, output: Path | None, goals: Sequence[Goal]) -> None:
+        self.output, self.goals, self.started = output, goals, time.monotonic()
         self.lines: list[str] = []
         self.left_out: list[str] = []
         self.seen: dict[Goal, list[tuple[str, float]]] = {goal: [] for goal in GOALS}
@@ -121,8 +125,9 @@ class Report:
     def end(self) -> None:
         if self.left_out:
             self.add("", f"Left out, because {LIMIT} s had passed: {'; '.join(self.left_out)}.")
-        self.add("", "Goals on an H100:", "")
-        for goal in GOALS:
+        anywhere = "Goals of speed and memory are for a GPU, and this was none. What holds anywhere:"
+        self.add("", "Goals on an H100:" if self.goals == GOALS else anywhere, "")
+        for goal in self.goals:
             seen, missed = self.seen[goal], self.missed(goal)
             verdict = f"missed in {len(missed)} of {len(seen)}: {'; '.join(missed)}" if missed else "met"
             self.add(f"- {goal.text}: {verdict if seen else 'not measured'}.")
@@ -161,6 +166,8 @@ def measure(setting: Setting, rows: int, experts: int, report: Report) -> dict[s
             found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
             if name in OF_US:
                 report.fail(f"{name} at R={rows}, E={experts}")
+            elif isinstance(error, ModuleNotFoundError):
+                found[name] = "not installed"
     del fresh, wanted
     taking_part = {name: figures for name, figures in found.items() if isinstance(figures, Figures)}
     times = alternate(setting, {name: functools.partial(forward_backward, ways[name], inputs) for name in taking_part})
@@ -347,11 +354,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the tables go (results/gpu_moe.md; --small: nowhere)")
     arguments = parser.parse_args()
     if not arguments.small and not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device here: --small shows that the script runs")
+        parser.exit(2, "gpu_moe.py: there is no CUDA device here; --small shows that the script runs\n")
     output = arguments.output or (None if arguments.small else RESULT)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-    report = Report(output)
+    report = Report(output, (RIGHT, REPEATS) if arguments.small else GOALS)
     warnings.filterwarnings("ignore", message=".*deterministic.*")  # poisoning wants NaN, not the determinism
     with tempfile.TemporaryDirectory() as cache:
         if arguments.small:  # what is tuned in the interpreter is for nobody

@@ -117,13 +117,15 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure(folder: Path, text: Path, directory: Path, repeats: int) -> tuple[dict[tuple[str, int], Any], int]:
+def measure(
+    folder: Path, text: Path, directory: Path, repeats: int, workers: tuple[int, ...]
+) -> tuple[dict[tuple[str, int], Any], int]:
     """(wall, CPU) seconds of every run by system and number of workers; and the number of tokens."""
     times: dict[tuple[str, int], list[tuple[float, float]]] = {}
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # one thread a process, as the workers have
     reference = folder / "reference.bin"
     for _ in range(repeats):
-        for num_workers in WORKERS:
+        for num_workers in workers:
             for system in SYSTEMS:
                 with tempfile.TemporaryDirectory(dir=folder) as output:
                     command = [sys.executable, __file__, system, text, directory, f"{output}/out", str(num_workers)]
@@ -165,12 +167,13 @@ def table(times: dict[tuple[str, int], Any], num_tokens: int, num_bytes: int, re
 def main() -> None:
     settings = dict(argument.split("=") for argument in sys.argv[1:])
     num_bytes, repeats = int(float(settings.get("megabytes", 50)) * 1e6), int(settings.get("repeats", 5))
+    workers = (int(settings["workers"]),) if "workers" in settings else WORKERS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         num_bytes = write_text(folder / "text.jsonl", num_bytes)
         texts = (text for name in CORPORA for text in demo.documents(name, 0))
         train_tokenizer(texts, VOCAB_SIZE, folder / "tokenizer")
-        times, num_tokens = measure(folder, folder / "text.jsonl", folder / "tokenizer", repeats)
+        times, num_tokens = measure(folder, folder / "text.jsonl", folder / "tokenizer", repeats, workers)
     text = table(times, num_tokens, num_bytes, repeats)
     print(text)
     RESULT.parent.mkdir(exist_ok=True)

@@ -261,11 +261,11 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for size in arguments.sizes:
-        for job in JOBS:
+        for job in [arguments.job] if arguments.job else JOBS:
             lines += compare(size, job)
     text = "\n".join(lines) + "\n"
     print(text)
-    if "check" not in arguments.sizes:
+    if "check" not in arguments.sizes and not arguments.job:
         RESULT.write_text(text, encoding="utf-8")
 
 

@@ -59,7 +59,7 @@ def candidates(kernel: str, dtype: torch.dtype, capability: tuple[int, int] | No
     Kernels are "up", "rows", "rows_transposed", "outer_y" and "outer_x"; the last two say which operand is gathered
     (`outer_x` if none is). A tile's narrow side is the gathered one, whose rows take threads' time; TMA reads the
     other.
-    Tests compile the defaults for sm_80, sm_90 and sm_100 and let nothing spill.
+    Tests compile the defaults for sm_80, sm_86, sm_90, sm_100 and sm_120 and let nothing spill.
     """
     outer = kernel.startswith("outer")
     if dtype == torch.float32 or capability is None:

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, "Compute
 # Capabilities", less what the driver keeps).
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,6 @@ SMALL: list[Case] = [
     *combining(2, weighted=True),
     *combining(8, weighted=True),
     *combining(8, weighted=False),
-    Case("invert", combine.invert_kernel, {"order": "*i32", "places": "*i32", "num_rows": "i32"}, {"BLOCK_N": 1024}),
     *gating(weighted=False, masked=False),
     *gating(weighted=True, masked=True),
 ]

@@ -35,7 +35,6 @@ class Rows(NamedTuple):
     y_ND: Tensor
     weights_TK: Tensor
     dz_TD: Tensor
-    order_N: Tensor
     places_TK: Tensor
     offsets: Tensor
 
@@ -52,13 +51,13 @@ def rows_of(case: Case, dtype: torch.dtype) -> Rows:
     here = (
         indices_TK == 0 if held == "first" else torch.rand(tokens, top_k, generator=generator) < shares.get(held, 1.0)
     )
-    order_N, places_TK, offsets = sort_by_expert(indices_TK.where(here, -1), experts)
+    _, places_TK, offsets = sort_by_expert(indices_TK.where(here, -1), experts)
     y_ND = torch.randn(tokens * top_k, width, generator=generator, dtype=torch.float64).to(dtype)
     y_ND[offsets[-1] :] = float("nan")
     weights_TK = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
     dz_TD = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype)
     weights_TK = weights_TK if dtype == torch.float64 else weights_TK.float()
-    return Rows(y_ND, weights_TK, dz_TD, order_N, places_TK, offsets)
+    return Rows(y_ND, weights_TK, dz_TD, places_TK, offsets)
 
 
 def by_hand(rows: Rows, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,10 +78,10 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def check(module: Any, case: Case, dtype: torch.dtype, weighted: bool, integer: torch.dtype) -> None:
     rows = rows_of(case, dtype)
     weights_TK = rows.weights_TK if weighted else None
-    order_N, places_TK, offsets = (x.to(integer) for x in rows[3:])
+    places_TK, offsets = (x.to(integer) for x in rows[3:])
     z_TD, dy_ND, dweights_TK = by_hand(rows, weighted)
     found = module.combine(rows.y_ND, places_TK, weights_TK, offsets)
-    found_dy, found_dweights = module.combine_backward(rows.dz_TD, rows.y_ND, weights_TK, order_N, offsets)
+    found_dy, found_dweights = module.combine_backward(rows.dz_TD, rows.y_ND, weights_TK, places_TK, offsets)
     assert found.dtype == found_dy.dtype == dtype
     assert_near(found, z_TD, dtype)
     assert_near(found_dy, dy_ND, dtype)
@@ -93,7 +92,7 @@ def check(module: Any, case: Case, dtype: torch.dtype, weighted: bool, integer: 
     else:
         assert found_dweights is None
     again = module.combine(rows.y_ND, places_TK, weights_TK, offsets)
-    again_dy, again_dweights = module.combine_backward(rows.dz_TD, rows.y_ND, weights_TK, order_N, offsets)
+    again_dy, again_dweights = module.combine_backward(rows.dz_TD, rows.y_ND, weights_TK, places_TK, offsets)
     assert torch.equal(found, again) and torch.equal(found_dy, again_dy)
     assert not weighted or torch.equal(found_dweights, again_dweights)
 
@@ -117,10 +116,10 @@ def test_the_reference_takes_the_kernels_integers() -> None:
 
 @pytest.mark.slow
 def test_the_reference_is_traced_whole() -> None:
-    def both(y_ND: Tensor, weights_TK: Tensor, dz_TD: Tensor, *order: Tensor) -> tuple[Tensor | None, ...]:
-        order_N, places_TK, offsets = order
+    def both(*rows: Tensor) -> tuple[Tensor | None, ...]:
+        y_ND, weights_TK, dz_TD, places_TK, offsets = rows
         z_TD = reference.combine(y_ND, places_TK, weights_TK, offsets)
-        return z_TD, *reference.combine_backward(dz_TD, y_ND, weights_TK, order_N, offsets)
+        return z_TD, *reference.combine_backward(dz_TD, y_ND, weights_TK, places_TK, offsets)
 
     traced = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (5, 12):
@@ -149,13 +148,13 @@ def check_strides() -> None:
     from flexpert_kernels.combine import triton
 
     rows = rows_of((13, 4, 2, 32, "half"), torch.float32)
-    order_N, places_TK, offsets = (x.int() for x in rows[3:])
+    places_TK, offsets = (x.int() for x in rows[3:])
     y_ND, weights_TK = rows.y_ND.T.contiguous().T, rows.weights_TK.T.contiguous().T
     dz_TD = torch.ones(()).expand(13, 32)  # what summing an output makes
     found = triton.combine(y_ND, places_TK.T.contiguous().T, weights_TK, offsets)
     assert torch.equal(found, triton.combine(rows.y_ND, places_TK, rows.weights_TK, offsets))
-    found_dy, found_dweights = triton.combine_backward(dz_TD, y_ND, weights_TK, order_N, offsets)
-    dy_ND, dweights_TK = triton.combine_backward(dz_TD.clone(), rows.y_ND, rows.weights_TK, order_N, offsets)
+    found_dy, found_dweights = triton.combine_backward(dz_TD, y_ND, weights_TK, places_TK.T.contiguous().T, offsets)
+    dy_ND, dweights_TK = triton.combine_backward(dz_TD.clone(), rows.y_ND, rows.weights_TK, places_TK, offsets)
     assert torch.equal(found_dy, dy_ND) and torch.equal(found_dweights, dweights_TK)
 
 
@@ -167,17 +166,17 @@ def refuse_mistakes() -> None:
     from flexpert_kernels.combine import triton
 
     rows = rows_of((6, 4, 2, 8, "all"), torch.float32)
-    order_N, places_TK, offsets = (x.int() for x in rows[3:])
-    with pytest.raises(ValueError, match=r"y_ND has the shape \(11, 8\); expected \(12, any\)"):
+    places_TK, offsets = (x.int() for x in rows[3:])
+    with pytest.raises(ValueError, match=r"y_ND: shape \(12, any\) expected, \(11, 8\) given"):
         triton.combine(rows.y_ND[1:], places_TK, rows.weights_TK, offsets)
-    with pytest.raises(ValueError, match=r"weights_TK has the shape \(6, 1\)"):
+    with pytest.raises(ValueError, match=r"weights_TK: shape \(6, 2\) expected, \(6, 1\) given"):
         triton.combine(rows.y_ND, places_TK, rows.weights_TK[:, :1], offsets)
-    with pytest.raises(ValueError, match=r"y_ND is torch.float64"):
+    with pytest.raises(ValueError, match=r"y_ND: type .* expected, torch.float64 given"):
         triton.combine(rows.y_ND.double(), places_TK, rows.weights_TK, offsets)
-    with pytest.raises(ValueError, match=r"y_ND has the shape \(12, 8\); expected \(12, 7\)"):
-        triton.combine_backward(rows.dz_TD[:, 1:], rows.y_ND, rows.weights_TK, order_N, offsets)
-    with pytest.raises(ValueError, match=r"order_N has 12 pairs"):
-        triton.combine_backward(rows.dz_TD[1:], rows.y_ND, None, order_N, offsets)
+    with pytest.raises(ValueError, match=r"y_ND: shape \(12, 7\) expected, \(12, 8\) given"):
+        triton.combine_backward(rows.dz_TD[:, 1:], rows.y_ND, rows.weights_TK, places_TK, offsets)
+    with pytest.raises(ValueError, match=r"places_TK: shape \(5, any\) expected, \(6, 2\) given"):
+        triton.combine_backward(rows.dz_TD[1:], rows.y_ND, None, places_TK, offsets)
 
 
 def test_mistakes_are_named(interpreted: Interpreted) -> None:
@@ -191,7 +190,7 @@ def check_no_tokens() -> None:
         y_ND, weights_TK, offsets = torch.empty(0, 8), torch.empty(0, 2), torch.zeros(5, dtype=torch.int32)
         places_TK = torch.empty(0, 2, dtype=torch.int32)
         assert module.combine(y_ND, places_TK, weights_TK, offsets).shape == (0, 8)
-        dy_ND, dweights_TK = module.combine_backward(y_ND, y_ND, weights_TK, places_TK.flatten(), offsets)
+        dy_ND, dweights_TK = module.combine_backward(y_ND, y_ND, weights_TK, places_TK, offsets)
         assert dy_ND.shape == (0, 8) and dweights_TK.shape == (0, 2)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels become for sm_80, sm_90 and sm_100 at production shapes, found without a GPU: compiled, not run.
+"""What the kernels become for each kind of GPU at production shapes, found without one: compiled, not run.
 
 resources.json holds registers, spills and shared memory of each kernel. `python tests/kernels/test_compiled.py` writes
 it anew; look at the difference before committing it.
@@ -23,11 +23,20 @@ RESOURCES = Path(__file__).with_name("resources.json")
 HIDDEN, FFN, EXPERTS, TOP_K = 4096, 11008, 8, 2
 INDICES = {"order": "*i32", "offsets": "*i32"}
 # The tensor cores' instruction, and how operands are fetched: LDGSTS by threads, UTMALDG by TMA.
-PRODUCTS = {80: ("HMMA", "LDGSTS"), 90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG")}
+PRODUCTS = {
+    80: ("HMMA", "LDGSTS"),
+    86: ("HMMA", "LDGSTS"),
+    90: ("HGMMA", "UTMALDG"),
+    100: ("UTCHMMA", "UTMALDG"),
+    120: ("HMMA", "UTMALDG"),
+}
+# Bytes of a stack that no register is kept in: on sm_120 8 are set to 0 once, and never read.
+STACK = {120: 8}
 
 
-# On other chips than Hopper, left to their more demanding likes.
+# On other chips than Hopper, left to their more demanding likes; on those with less shared memory, one of each kernel.
 SIMILAR = ("rows (dx)", "outer (dW1, dW3)", "outer (dW2)")
+ONE_EACH = ("up", "rows (da)", "outer (dW1, dW3 added in fp32)")
 
 
 def tiles(config: Config) -> dict[str, int]:
@@ -97,7 +106,7 @@ def default(kernel: str, arch: int) -> Config:
 
 CASES = [
     case
-    for arch in (80, 90, 100)
+    for arch in PRODUCTS
     for case in (
         up_case(arch),
         rows_case("rows (y = W2 a)", arch, HIDDEN, FFN, transposed=False, gather=False),
@@ -108,7 +117,7 @@ CASES = [
         outer_case("outer (dW2)", arch, HIDDEN, FFN, "y", "bf16"),
         outer_case("outer (dW2 added in fp32)", arch, HIDDEN, FFN, "y", "fp32"),
     )
-    if arch == 90 or case.name not in SIMILAR
+    if arch == 90 or (case.name in ONE_EACH if arch in (86, 120) else case.name not in SIMILAR)
 ]
 if importlib.util.find_spec("compiled_small"):  # the kernels of route, combine and swiglu
     from compiled_small import SMALL
@@ -128,7 +137,7 @@ def figures(compiled: Compiled) -> dict[str, int]:
 @pytest.mark.parametrize(("case", "arch"), ROWS, ids=[key(case, arch).replace(" ", "-") for case, arch in ROWS])
 def test_compiles_within_the_chips_means(case: Case, arch: int) -> None:
     compiled = compile_case(case, arch)
-    assert compiled.spills == 0
+    assert compiled.spills == STACK.get(arch, 0)
     assert compiled.shared <= SHARED_LIMIT[arch]
     instructions = case.instructions.get(arch, ())
     sass = compiled.sass() if instructions else ""

@@ -311,24 +311,32 @@ def test_rows_past_two_to_the_31st_number_are_found(interpreted: Interpreted) ->
 
 
 MISTAKES: dict[str, tuple[str, Callable[[Inputs], dict[str, Any]], str]] = {
-    "dtype": ("rows", lambda of: {"weight": of.down_EDF.half()}, "weight is torch.float16, x is torch.float32"),
-    "unsupported": ("rows", lambda of: {"x": of.a_NF.double()}, "x is torch.float64"),
+    "dtype": ("rows", lambda of: {"weight": of.down_EDF.half()}, "x and weight: the same type expected"),
+    "unsupported": ("rows", lambda of: {"x": of.a_NF.double()}, "x: type .* expected, torch.float64 given"),
     "bf16": ("rows", lambda of: {"x": of.a_NF.bfloat16(), "weight": of.down_EDF.bfloat16()}, "interpreter"),
-    "width": ("rows", lambda of: {"x": of.x_TD}, "x has the shape"),
-    "strides": ("rows", lambda of: {"x": of.a_NF.mT.contiguous().mT}, "x of shape .* must be contiguous"),
-    "dimensions": ("rows", lambda of: {"weight": of.down_EDF[0]}, "weight has the shape"),
-    "experts": ("rows", lambda of: {"offsets": of.offsets[1:]}, "offsets has the shape"),
-    "offsets": ("rows", lambda of: {"offsets": of.offsets.long()}, "offsets is torch.int64; expected torch.int32"),
-    "order": ("up", lambda of: {"order_N": of.order_N.long()}, "order_N is torch.int64"),
-    "top-k": ("up", lambda of: {"top_k": 3}, r"order_N has 34 pairs; expected 17 rows of x_TD times top_k = 3"),
-    "gate-up": ("up", lambda of: {"gate_up_E2FD": of.gate_up_E2FD.flatten(1, 2)}, "gate_up_E2FD has the shape"),
-    "weight-strides": ("up", lambda of: {"gate_up_E2FD": of.gate_up_E2FD[:, :, ::2]}, "gate_up_E2FD of shape"),
-    "gathered": ("outer", lambda of: {"gathered": "z"}, "gathered is 'z'"),
-    "no-order": ("outer", lambda of: {"order_N": None}, "needs order_N"),
-    "rows": ("outer", lambda of: {"gathered": None}, "y has the shape"),
-    "beta": ("outer", lambda of: {"beta": 1}, "beta is 1"),
-    "out": ("outer", lambda of: {"out": of.sum_EDF.half()}, "out is torch.float16"),
-    "out-shape": ("outer", lambda of: {"out": of.sum_EDF[1:]}, "out has the shape"),
+    "width": ("rows", lambda of: {"x": of.x_TD}, "x: shape"),
+    "strides": ("rows", lambda of: {"x": of.a_NF.mT.contiguous().mT}, "x: contiguous memory .* expected, strides"),
+    "dimensions": ("rows", lambda of: {"weight": of.down_EDF[0]}, "weight: shape"),
+    "experts": ("rows", lambda of: {"offsets": of.offsets[1:]}, "offsets: shape"),
+    "offsets": (
+        "rows",
+        lambda of: {"offsets": of.offsets.long()},
+        "offsets: type torch.int32 expected, torch.int64 given",
+    ),
+    "order": ("up", lambda of: {"order_N": of.order_N.long()}, "order_N: type torch.int32 expected"),
+    "top-k": ("up", lambda of: {"top_k": 3}, "order_N: 17 rows of x_TD times top_k = 3 expected, 34 pairs given"),
+    "gate-up": ("up", lambda of: {"gate_up_E2FD": of.gate_up_E2FD.flatten(1, 2)}, "gate_up_E2FD: shape"),
+    "weight-strides": (
+        "up",
+        lambda of: {"gate_up_E2FD": of.gate_up_E2FD[:, :, ::2]},
+        "gate_up_E2FD: contiguous memory",
+    ),
+    "gathered": ("outer", lambda of: {"gathered": "z"}, "gathered: None, 'y' or 'x' expected, 'z' given"),
+    "no-order": ("outer", lambda of: {"order_N": None}, "order_N: the order of rows expected"),
+    "rows": ("outer", lambda of: {"gathered": None}, "y: shape"),
+    "beta": ("outer", lambda of: {"beta": 1}, "beta: 0, or 1 with an `out` to add to expected, 1 given"),
+    "out": ("outer", lambda of: {"out": of.sum_EDF.half()}, "out: type torch.float32 expected"),
+    "out-shape": ("outer", lambda of: {"out": of.sum_EDF[1:]}, "out: shape"),
 }
 
 
@@ -354,5 +362,5 @@ def test_mistakes_are_named(interpreted: Interpreted, name: str) -> None:
 
 
 def test_cpu_tensors_need_the_interpreter() -> None:
-    with pytest.raises(ValueError, match="x_TD is on the CPU, where Triton's kernels only run with TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match="x_TD: a CUDA device, or TRITON_INTERPRET=1, expected, cpu given"):
         by_wrappers(inputs(CASES["one-token"], torch.float32))

@@ -1,4 +1,4 @@
-"""The expert layer, whole: every backend against the definition, what it keeps, what it refuses, what it chooses."""
+"""The expert layer, whole: every backend against the definition, what it keeps, what it chooses."""
 
 import logging
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from flexpert_kernels.swiglu.reference import swiglu_backward
 from poison import poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU_BACKENDS = ("auto", "loop", "grouped_mm", "dense")
 #: Experts, active experts, tokens, width, FFN width.
@@ -171,37 +172,40 @@ def test_rows_are_spread_and_combined_with_gradients() -> None:
     assert empty.grad is not None and empty.grad.shape == (0, 4)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x_TD": lambda t: t.double()}, "gate_up_E2FD: x_TD's type torch.float64 expected, torch.float32 given"),
-        ({"x_TD": lambda t: t.long()}, "x_TD: type .* expected, torch.int64 given"),
-        ({"x_TD": lambda t: t[0]}, "x_TD: 2 dimensions expected, 1 given"),
-        ({"weights_TK": lambda t: t[:, :1]}, r"weights_TK: shape \[6, 2\] expected, \[6, 1\] given"),
-        ({"indices_TK": lambda t: t.float()}, "indices_TK: type torch.int32 or torch.int64 expected"),
-        ({"indices_TK": lambda t: t + 3}, "indices_TK: experts below 3 expected, 5 given"),
-        ({"indices_TK": lambda t: t[:5]}, r"indices_TK: shape \[6, 2\] expected, \[5, 2\] given"),
-        ({"gate_up_E2FD": lambda t: t[:, :1]}, r"gate_up_E2FD: shape \[3, 2, 12, 8\] expected, \[3, 1, 12, 8\] given"),
-        (
-            {"down_EDF": lambda t: t.mT.contiguous().mT, "backend": lambda t: "grouped_mm"},
-            "down_EDF: contiguous memory expected, strides .* given",
-        ),
-        ({"down_EDF": lambda t: t.to("meta")}, "down_EDF: x_TD's device cpu expected, meta given"),
-        ({"backend": lambda t: "triton"}, "backend: a CUDA device of sm_80 or newer"),
-        ({"backend": lambda t: "cuda"}, "backend: auto, reference, .* expected, cuda given"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_named_before_anything_runs(change: dict[str, Any], message: str) -> None:
-    (x, weights, gate_up, down), _ = inputs((3, 2, 6, 8, 12), torch.float32)
-    arguments: dict[str, Any] = {
-        "x_TD": x, "weights_TK": weights, "indices_TK": torch.tensor([[0, 2]]).repeat(6, 1), "gate_up_E2FD": gate_up,
-        "down_EDF": down, "backend": "auto",
-    }  # fmt: skip
-    assert torch.isfinite(moe_ffn(**arguments)).all()
-    for name, changed in change.items():
-        arguments[name] = changed(arguments[name])
-    with pytest.raises(ValueError, match=message):
-        moe_ffn(**arguments)
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_the_loop_alone_brings_the_counts_to_the_host_and_once_for_both_passes(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves, indices = inputs((4, 2, 9, 8, 12), torch.float32)
+    reads, tensor_cpu = [], Tensor.cpu
+
+    def counted(tensor: Tensor) -> Tensor:
+        reads.append(tensor)
+        return tensor_cpu(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    with_gradients(moe_ffn, leaves, indices, backend=backend)
+    assert len(reads) == (1 if backend == "loop" else 0)
+
+
+def test_on_a_gpu_the_loops_products_are_given_the_counts_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one: nothing is computed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    devices = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.name() == "flexpert::loop_rows":
+                devices.append([tensor.device.type for tensor in args])
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.no_grad(), Watch():
+        x, weights, gate_up, down = (
+            torch.empty(shape, device="cuda") for shape in ((9, 8), (9, 2), (4, 2, 12, 8), (4, 8, 12))
+        )
+        indices = torch.empty(9, 2, dtype=torch.int64, device="cuda")
+        assert moe_ffn(x, weights, indices, gate_up, down, backend="loop", checked=False).device.type == "cuda"
+    assert devices == [["cuda", "cuda", "cpu"]] * 2
 
 
 def test_the_choice_follows_what_there_is_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -248,7 +252,7 @@ def check_without_rows(backend: str) -> None:
         assert part.shape == like.shape and part.abs().sum() == 0
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
 def test_no_tokens_are_no_mistake(backend: str) -> None:
     check_without_rows(backend)
 

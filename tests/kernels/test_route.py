@@ -244,17 +244,17 @@ def refuse_mistakes() -> None:
     from flexpert_kernels.route import triton
 
     logits_TE = logits_of(4, 5)
-    with pytest.raises(ValueError, match="top_k is 6; expected 1 to 5"):
+    with pytest.raises(ValueError, match="top_k: an integer from 1 to 5 expected, 6 given"):
         triton.route(logits_TE, 6)
-    with pytest.raises(ValueError, match="top_k is 0"):
+    with pytest.raises(ValueError, match="top_k: an integer from 1 to 5 expected, 0 given"):
         triton.route(logits_TE, 0)
-    with pytest.raises(ValueError, match=r"bias_E has the shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"bias_E: shape \(5\) expected, \(4,\) given"):
         triton.route(logits_TE, 2, torch.zeros(4))
-    with pytest.raises(ValueError, match="logits_TE"):
+    with pytest.raises(ValueError, match=r"logits_TE: shape \(any, any\) expected, \(5,\) given"):
         triton.route(logits_TE[0], 2)
-    with pytest.raises(ValueError, match="257 experts; expected 1 to 256"):
+    with pytest.raises(ValueError, match="num_experts: an integer from 1 to 256 expected, 257 given"):
         triton.sort_by_expert(torch.zeros(4, 2, dtype=torch.int64), 257)
-    with pytest.raises(ValueError, match="indices_TK"):
+    with pytest.raises(ValueError, match=r"indices_TK: type torch.int32 or torch.int64 expected, torch.float32 given"):
         triton.sort_by_expert(torch.zeros(4, 2), 8)
 
 

@@ -139,15 +139,19 @@ def refuse_mistakes() -> None:
     from flexpert_kernels.swiglu import triton
 
     h_N2F = torch.zeros(4, 6)
-    with pytest.raises(ValueError, match=r"h_N2F has the shape \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"h_N2F: rows of a gate and an up half expected, \(4, 5\) given"):
         triton.swiglu(h_N2F[:, 1:])
-    with pytest.raises(ValueError, match=r"weights_N has the shape \(4, 1\); expected \(4\)"):
+    with pytest.raises(ValueError, match=r"weights_N: shape \(4\) expected, \(4, 1\) given"):
         triton.swiglu(h_N2F, torch.zeros(4, 1))
-    with pytest.raises(ValueError, match=r"da_NF has the shape \(4, 6\); expected \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"da_NF: shape \(4, 3\) expected, \(4, 6\) given"):
         triton.swiglu_backward(h_N2F, h_N2F)
-    with pytest.raises(ValueError, match=r"da_NF is torch.float16, h_N2F is torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"h_N2F and da_NF: the same type expected, torch.float32 and torch.float16 given"
+    ):
         triton.swiglu_backward(h_N2F, torch.zeros(4, 3, dtype=torch.float16))
-    with pytest.raises(ValueError, match="bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"h_N2F: fp16 or fp32 in Triton's interpreter, .* expected, torch.bfloat16 given"
+    ):
         triton.swiglu(h_N2F.bfloat16())
 
 

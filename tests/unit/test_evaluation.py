@@ -256,6 +256,7 @@ def test_leaving_one_out_where_the_public_expert_is_excluded(road: Path, models:
         ("dense", ["exclude=[public]"], ["exclude=['public']", "dense model"]),
         ("mixture", ["baselines.public={models}/mixture"], ["baselines.public", "mixture"]),
         ("mixture", ["baselines.dense={{math:{models}/nowhere}}"], ["nowhere"]),
+        ("mixture", ["moe_backend=triton", "device=cpu"], ["moe_backend=triton cannot be used: there is no GPU"]),
         ("mixture", ["output_dir={models}/texts/01.txt"], ["01.txt"]),
         ("mixture", ["output_dir={models}/texts/01.txt/out"], ["01.txt/out", "cannot be written"]),
         ("mixture", ["output_dir={models}/texts"], ["texts", "choose another output_dir"]),

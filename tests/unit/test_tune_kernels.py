@@ -61,6 +61,12 @@ def test_without_a_gpu_it_is_one_line_of_status_2(
     assert not (tmp_path / "cache").exists()
 
 
+def test_its_help_says_which_gpus_qualify_and_where_tiles_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["tune_kernels", "--help"])
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("sm_80", "or newer", "~/.cache/flexpert/tiles.json", "$XDG_CACHE_HOME"))
+
+
 def test_each_product_of_the_layer_is_tuned_kept_and_told_in_one_line(
     mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpert_kernels.precision import wide
+
 
 def combine(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None, offsets: Tensor) -> Tensor:
     """`z_t = Σ_k w_tk y[places_tk]` over the places before offsets[E], [T, D].
@@ -42,30 +44,29 @@ def combine(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None, offsets:
 
 
 def combine_backward(
-    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, offsets: Tensor
+    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor | None, places_TK: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """`dy_n = w_n dz_t(n)` and `dw_tk = <dz_t, y_n>`; both are 0 for rows past offsets[E].
 
     Args:
         weights_TK: None for ones, which have no gradient.
-        order_N: the pair t·K + k at each row.
+        places_TK: the row of each pair.
 
     Returns: `dy_ND` in y's dtype, `dweights_TK` in the weights'.
     """
-    num_rows, num_tokens = len(order_N), len(dz_TD)
-    if num_rows == 0:
+    (num_rows, _), (num_tokens, top_k) = y_ND.shape, places_TK.shape
+    if num_tokens == 0:
         return torch.zeros_like(y_ND), None if weights_TK is None else torch.zeros_like(weights_TK)
-    top_k = num_rows // max(num_tokens, 1)
-    dz, dtype = wide(dz_TD), y_ND.dtype
-    rows_N = torch.arange(num_rows + 1, device=order_N.device)
+    dz, dtype, places_N = wide(dz_TD), y_ND.dtype, places_TK.flatten().long()
+    rows_N = torch.arange(num_rows + 1, device=y_ND.device)
     starts = rows_N.clamp(max=offsets[-1])
     rows_N = rows_N[:-1]
-    tokens_N = torch.where(rows_N < offsets[-1], order_N // top_k, 0).long()
+    order_N = torch.empty_like(rows_N).scatter_(0, places_N, rows_N)  # the pair t·K + k at each row
+    tokens_N = torch.where(rows_N < offsets[-1], order_N // top_k, 0)
     if weights_TK is None:
         return F.embedding_bag(tokens_N, dz, starts, mode="sum")[:-1].to(dtype), None
     weights_N = weights_TK.flatten()[order_N].to(dz.dtype)
     dy_ND = F.embedding_bag(tokens_N, dz, starts, mode="sum", per_sample_weights=weights_N)[:-1].to(dtype)
-    places_N = torch.empty_like(rows_N).scatter_(0, order_N.long(), rows_N)
     # The operator behind embedding_bag's own gradient: rows' inner products without a copy of them. A row of −1 is
     # padding to it, which gives 0. It asks for the bag, here the token, of each row, and where bags begin, unused.
     places_N = torch.where(places_N < offsets[-1], places_N, -1)
@@ -73,7 +74,3 @@ def combine_backward(
         dz, wide(y_ND), places_N, rows_N, rows_N // top_k, 0, -1
     )
     return dy_ND, dweights_N.view_as(weights_TK).to(weights_TK.dtype)
-
-
-def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

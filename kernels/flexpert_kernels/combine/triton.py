@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert_kernels.grouped_mm.launch import check, check_shape, check_tokens
+from flexpert_kernels.arguments import check_kernel, check_shape
 
 ELEMENTS = 2048  # of a block: two loads of 16 bytes in bf16 for each of a program's 128 threads
 
@@ -38,13 +38,6 @@ def combine_kernel(
         sum_TD += y_TD
     entry_TD = token_T.to(tl.int64)[:, None] * width + column_D[None, :]
     tl.store(z + entry_TD, sum_TD.to(z.dtype.element_ty), mask=is_token_T[:, None] & inside_D[None, :])
-
-
-@triton.jit
-def invert_kernel(order, places, num_rows, BLOCK_N: tl.constexpr):
-    row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_N = row_N < num_rows
-    tl.store(places + tl.load(order + row_N, mask=inside_N, other=0), row_N, mask=inside_N)
 
 
 @triton.jit
@@ -81,7 +74,8 @@ def combine_backward_kernel(
 def combine(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None, offsets: Tensor) -> Tensor:
     """`z_t = Σ_k w_tk · y[places_tk]` over the places before offsets[E], in fp32, [T, D]; in y's dtype."""
     y_ND, places_TK = y_ND.contiguous(), places_TK.contiguous()
-    check(y_ND=y_ND)
+    check_kernel(y_ND=y_ND)
+    check_shape("places_TK", places_TK, (None, None))
     num_tokens, top_k = places_TK.shape
     check_shape("y_ND", y_ND, (num_tokens * top_k, None))
     if weights_TK is not None:
@@ -97,15 +91,14 @@ def combine(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None, offsets:
 
 
 def combine_backward(
-    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, offsets: Tensor
+    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor | None, places_TK: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """`dy_n = w_n dz_t(n)` in y's dtype, `dw_tk = <dz_t, y_n>` in the weights'; 0 for rows past offsets[E]."""
-    dz_TD, y_ND, order_N = dz_TD.contiguous(), y_ND.contiguous(), order_N.contiguous()
-    check(dz_TD=dz_TD, y_ND=y_ND)
-    num_rows, num_tokens = len(order_N), len(dz_TD)
-    check_shape("y_ND", y_ND, (num_rows, dz_TD.shape[1]))
-    top_k = weights_TK.shape[1] if weights_TK is not None else num_rows // max(num_tokens, 1)
-    check_tokens("dz_TD", dz_TD, order_N, max(top_k, 1))
+    dz_TD, y_ND, places_TK = dz_TD.contiguous(), y_ND.contiguous(), places_TK.contiguous()
+    check_kernel(dz_TD=dz_TD, y_ND=y_ND)
+    check_shape("places_TK", places_TK, (len(dz_TD), None))
+    num_tokens, top_k = places_TK.shape
+    check_shape("y_ND", y_ND, (num_tokens * top_k, dz_TD.shape[1]))
     dweights_TK = None
     if weights_TK is not None:
         check_shape("weights_TK", weights_TK, (num_tokens, top_k))
@@ -114,10 +107,8 @@ def combine_backward(
     dy_ND = torch.empty_like(y_ND)
     if dy_ND.numel():
         block_t, block_d, even = blocks(dz_TD)
-        places_N = torch.empty_like(order_N)
-        invert_kernel[(triton.cdiv(num_rows, 1024),)](order_N, places_N, num_rows, 1024)
         combine_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
-            dz_TD, y_ND, weights_TK, places_N, offsets[-1:], dy_ND, dweights_TK, num_tokens, dz_TD.shape[1], top_k,
+            dz_TD, y_ND, weights_TK, places_TK, offsets[-1:], dy_ND, dweights_TK, num_tokens, dz_TD.shape[1], top_k,
             block_t, block_d, even,
         )  # fmt: skip
     return dy_ND, dweights_TK

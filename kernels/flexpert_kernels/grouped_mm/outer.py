@@ -15,17 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert_kernels.grouped_mm.launch import (
-    Plan,
-    check,
+from flexpert_kernels.arguments import (
+    check_dtype,
     check_index,
+    check_kernel,
     check_layout,
     check_shape,
     check_tokens,
-    descriptor,
-    fits_tma,
-    plan,
+    expect,
 )
+from flexpert_kernels.grouped_mm.launch import Plan, descriptor, fits_tma, plan
 from flexpert_kernels.grouped_mm.tiles import halves, load, locate, order_tiles, rows_of_experts
 
 
@@ -177,7 +176,7 @@ def outer(
     Raises:
         ValueError: arguments that do not fit each other, are not contiguous, or of a dtype that is not supported.
     """
-    check(y=y, x=x)
+    check_kernel(y=y, x=x)
     check_shape("y", y, (None, None))
     check_shape("x", x, (None, None))
     how = plan("outer_y" if gathered == "y" else "outer_x", y.shape[1], x.shape[1], x)
@@ -198,25 +197,22 @@ def run_outer(
     """`outer` as planned."""
     experts, outputs, inputs = len(offsets) - 1, y.shape[1], x.shape[1]
     check_index("offsets", offsets, None, x.device)
-    if gathered not in (None, "y", "x"):
-        raise ValueError(f"gathered is {gathered!r}; expected None, 'y' or 'x'")
+    expect(gathered in (None, "y", "x"), "gathered", "None, 'y' or 'x'", repr(gathered))
     if gathered is None:
         check_shape("y", y, (len(x), None))
     elif order_N is None:
-        raise ValueError(f"gathered is {gathered!r}, which needs order_N")
+        raise ValueError(f"order_N: the order of rows expected where gathered is {gathered!r}, None given")
     else:
         sources, dense = (y, x) if gathered == "y" else (x, y)
         check_index("order_N", order_N, len(dense), x.device)
         check_tokens(gathered, sources, order_N, top_k)
-    if beta not in (0, 1) or (beta == 1 and out is None):
-        raise ValueError(f"beta is {beta}; expected 0, or 1 with an `out` to add to")
+    expect(beta == 0 or (beta == 1 and out is not None), "beta", "0, or 1 with an `out` to add to", beta)
     if out is None:
         out = x.new_empty(experts, outputs, inputs)
     else:
         check_shape("out", out, (experts, outputs, inputs))
         check_layout("out", out, x.device)
-        if out.dtype != torch.float32:
-            raise ValueError(f"out is {out.dtype}; expected torch.float32")
+        check_dtype("out", out, (torch.float32,))
     config = how.config
     by_tma, block = (x, config.block_n) if gathered == "y" else (y, config.block_m)
     if len(by_tma) == 0:

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from flexpert_kernels.precision import wide
 
 
 def experts(offsets: Tensor) -> Iterator[slice]:

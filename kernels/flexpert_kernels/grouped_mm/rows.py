@@ -16,16 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert_kernels.grouped_mm.launch import (
-    Plan,
-    check,
-    check_index,
-    check_shape,
-    check_tokens,
-    descriptor,
-    fits_tma,
-    plan,
-)
+from flexpert_kernels.arguments import check_index, check_kernel, check_shape, check_tokens
+from flexpert_kernels.grouped_mm.launch import Plan, descriptor, fits_tma, plan
 from flexpert_kernels.grouped_mm.tiles import halves, load, locate, order_tiles, rows_of_experts, store
 
 
@@ -109,7 +101,7 @@ def rows(
         ValueError: arguments that do not fit each other, are not contiguous, or of a dtype that is not supported.
     """
     wide, narrow = (2, 1) if transposed else (1, 2)
-    check(x=x, weight=weight)
+    check_kernel(x=x, weight=weight)
     check_shape("weight", weight, (None, None, None))
     kernel = "rows_transposed" if transposed else "rows"
     how = plan(kernel, weight.shape[wide], weight.shape[narrow], x)

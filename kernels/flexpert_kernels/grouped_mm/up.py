@@ -11,16 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert_kernels.grouped_mm.launch import (
-    Plan,
-    check,
-    check_index,
-    check_shape,
-    check_tokens,
-    descriptor,
-    fits_tma,
-    plan,
-)
+from flexpert_kernels.arguments import check_index, check_kernel, check_shape, check_tokens
+from flexpert_kernels.grouped_mm.launch import Plan, descriptor, fits_tma, plan
 from flexpert_kernels.grouped_mm.tiles import halves, load, locate, order_tiles, rows_of_experts, store
 
 
@@ -95,7 +87,7 @@ def up(x_TD: Tensor, order_N: Tensor, top_k: int, gate_up_E2FD: Tensor, offsets:
     Raises:
         ValueError: arguments that do not fit each other, are not contiguous, or of a dtype that is not supported.
     """
-    check(x_TD=x_TD, gate_up_E2FD=gate_up_E2FD)
+    check_kernel(x_TD=x_TD, gate_up_E2FD=gate_up_E2FD)
     check_shape("gate_up_E2FD", gate_up_E2FD, (None, 2, None, None))
     how = plan("up", 2 * gate_up_E2FD.shape[2], gate_up_E2FD.shape[3], x_TD)
     return run_up(x_TD, order_N, top_k, gate_up_E2FD, offsets, how)

@@ -8,32 +8,42 @@ from torch import Tensor
 
 from flexpert_kernels.combine.reference import combine, combine_backward
 from flexpert_kernels.moe import loop
-from flexpert_kernels.route.reference import route, sort_by_expert
+from flexpert_kernels.route.reference import sort_by_expert
 from flexpert_kernels.swiglu.reference import swiglu
 
 
 class Backend(NamedTuple):
-    """Functions as the kernels' `reference.py` define them. `gathers`: products read a token's row where it lies."""
+    """Functions as the kernels' `reference.py` define them; outer_y and outer_x are `outer`.
 
-    route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    Attributes:
+        gathers: up, rows, outer_y (of y) and outer_x (of x) take the order of the rows and K, too, and read each row's
+            token where it lies; others are given rows.
+        on_host: products need the offsets on the host.
+    """
+
     sort: Callable[..., tuple[Tensor, Tensor, Tensor]]
     up: Callable[..., tuple[Tensor, Tensor]]
     rows: Callable[..., Tensor]
-    outer: Callable[..., Tensor]
+    outer_y: Callable[..., Tensor]
+    outer_x: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     combine_backward: Callable[..., tuple[Tensor, Any]]  # the latter None without weights
     swiglu: Callable[..., Tensor]
     swiglu_backward: Callable[..., tuple[Tensor, Tensor, Any]]
     gathers: bool = False
+    on_host: bool = False
 
 
-def of_products(products: loop.Products) -> Backend:
+def of_products(name: str) -> Backend:
     """The functions of CPUs, around some products of PyTorch's."""
-    return Backend(route, sort_by_expert, products.up, products.rows, products.outer, combine, combine_backward, swiglu,
-                   loop.swiglu_backward)  # fmt: skip
+    products = loop.Products(*loop.OPERATORS[name])
+    return Backend(
+        sort_by_expert, products.up, products.rows, products.outer, products.outer, combine, combine_backward, swiglu,
+        loop.swiglu_backward, on_host=name == "loop",
+    )  # fmt: skip
 
 
-BACKENDS = {name: of_products(loop.Products(*operators)) for name, operators in loop.OPERATORS.items()}
+BACKENDS = {name: of_products(name) for name in loop.OPERATORS}
 
 
 def backend_of(name: str, around: str = "loop") -> Backend:
@@ -58,5 +68,6 @@ def load() -> None:
         for name, operators in loop.OPERATORS.items():
             products = loop.Products(*operators, swiglu=BACKEND.swiglu)
             BACKENDS[f"{name} and triton"] = BACKEND._replace(
-                up=products.up, rows=products.rows, outer=products.outer, gathers=False
-            )
+                up=products.up, rows=products.rows, outer_y=products.outer, outer_x=products.outer, gathers=False,
+                on_host=name == "loop",
+            )  # fmt: skip

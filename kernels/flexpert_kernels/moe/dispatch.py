@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from flexpert_kernels.precision import result_dtype
 from flexpert_kernels.route import MAX_EXPERTS
 
 logger = logging.getLogger("flexpert_kernels")
@@ -91,6 +92,12 @@ def missing(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return "the GPU is older than sm_80" if torch.cuda.get_device_capability(device) < (8, 0) else ""
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """Of the products: the result's; fp32 for half precision on a CPU, where its backward pass crawls."""
+    dtype = result_dtype(x)
+    return torch.float32 if dtype.itemsize == 2 and x.device.type == "cpu" and missing(x.device) else dtype
 
 
 def elementwise(x: Tensor, num_experts: int = 1) -> str:

@@ -57,16 +57,17 @@ def like_rows(
     return x.new_empty((x if order_N is None else order_N).shape[0], weight.shape[2 if transposed else 1])
 
 
-def outer_of(
-    y: Tensor, x: Tensor, offsets: Tensor, order_N: Tensor | None = None, top_k: int = 1, gathered: str | None = None
-) -> Tensor:
-    """`outer` into new memory: an operator's schema would have to say that it writes into the caller's."""
-    return grouped.outer(y, x, offsets, order_N, top_k, gathered)
+def outer_y(y: Tensor, x: Tensor, offsets: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """`outer`, which gathers y. Into new memory: a schema would have to say that it writes into the caller's."""
+    return grouped.outer(y, x, offsets, order_N, top_k, "y")
 
 
-def like_outer(
-    y: Tensor, x: Tensor, offsets: Tensor, order_N: Tensor | None = None, top_k: int = 1, gathered: str | None = None
-) -> Tensor:
+def outer_x(y: Tensor, x: Tensor, offsets: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """Likewise; gathers x."""
+    return grouped.outer(y, x, offsets, order_N, top_k, "x")
+
+
+def like_outer(y: Tensor, x: Tensor, offsets: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, y.shape[1], x.shape[1])
 
 
@@ -75,16 +76,16 @@ def like_combine(y_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None, off
 
 
 def combine_backward_of(
-    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, offsets: Tensor
+    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor, places_TK: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`combine_backward` with weights: an operator returns as many tensors each time."""
-    dy_ND, dweights_TK = combining.combine_backward(dz_TD, y_ND, weights_TK, order_N, offsets)
+    dy_ND, dweights_TK = combining.combine_backward(dz_TD, y_ND, weights_TK, places_TK, offsets)
     assert dweights_TK is not None
     return dy_ND, dweights_TK
 
 
 def like_combine_backward(
-    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, offsets: Tensor
+    dz_TD: Tensor, y_ND: Tensor, weights_TK: Tensor, places_TK: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_ND), torch.empty_like(weights_TK)
 
@@ -108,12 +109,13 @@ def like_swiglu_backward(
     return torch.empty_like(h_N2F), torch.empty_like(da_NF), weights_N.new_empty(weights_N.shape, dtype=torch.float32)
 
 
+ROUTE = register(guarded(route_of), like_route)
 BACKEND = Backend(
-    route=register(guarded(route_of), like_route),
     sort=register(guarded(routing.sort_by_expert), like_sort),
     up=register(guarded(grouped.up), like_up),
     rows=register(guarded(grouped.rows), like_rows),
-    outer=register(guarded(outer_of), like_outer),
+    outer_y=register(guarded(outer_y), like_outer),
+    outer_x=register(guarded(outer_x), like_outer),
     combine=register(guarded(combining.combine), like_combine),
     combine_backward=register(guarded(combine_backward_of), like_combine_backward),
     swiglu=register(guarded(gating.swiglu), like_swiglu),

@@ -5,16 +5,18 @@ expert of its, in the order of their experts. Row n is the pair order_N[n] = t·
 [E+1] are each expert's first row, and the last one's end; rows of experts held elsewhere come after it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert_kernels.moe.backends import Backend, backend_of
-from flexpert_kernels.moe.check import check_moe
-from flexpert_kernels.moe.dispatch import choose, elementwise, missing
+from flexpert_kernels.moe.check import check_mixing, check_moe, check_order, check_sort
+from flexpert_kernels.moe.dispatch import choose, computed_dtype, elementwise
 from flexpert_kernels.moe.reference import reference_moe
+from flexpert_kernels.precision import result_dtype
+from flexpert_kernels.route import Order
 
 
 def moe_ffn(
@@ -40,8 +42,10 @@ def moe_ffn(
         gate_up_E2FD: W1 (index 0) and W3 (index 1) of every expert. Gets no gradient, at no cost, where it needs none.
         down_EDF: W2 of every expert; likewise.
         backend: auto (see `dispatch.choose`), reference, dense, loop, grouped_mm or triton.
-        checked: whether to look at the indices; on a GPU that waits for it. False: a top-k made them.
-        is_part: some tokens' experts are held elsewhere, which `auto` shall know.
+        checked: whether to look for an index of E or more; on a GPU that waits for it. False: the caller knows that
+            there is none, as where a top-k made them; what one would do is undefined.
+        is_part: some tokens' experts are held elsewhere, which `auto` shall know: with K = E, too, it then computes a
+            token's own experts alone. The result is the same.
 
     Raises:
         ValueError: an argument's type, device, shape or stride does not fit, or an index is E or more.
@@ -73,34 +77,49 @@ def dense_mixing(x_TD: Tensor, probs_TE: Tensor, gate_up_E2FD: Tensor, down_EDF:
     Nothing is sorted, and the router's weight is applied before the down projection, so experts' outputs are never held
     side by side. The backward pass keeps x and the two projections; frozen experts (weights that need no gradient) cost
     it no products for weights.
+
+    Raises:
+        ValueError: an argument's type, device or shape does not fit.
     """
+    if not torch.compiler.is_compiling():
+        check_mixing(x_TD, probs_TE, gate_up_E2FD, down_EDF)
     x, gate_up, down = as_computed(x_TD, gate_up_E2FD, down_EDF)
     with torch.autocast(x.device.type, enabled=False):
         y_TD: Tensor = Mixed.apply(x, probs_TE, gate_up, down, elementwise(x))  # type: ignore[no-untyped-call]
     return y_TD.to(result_dtype(x_TD))
 
 
-class Order(NamedTuple):
-    """Rows in the order of their experts."""
-
-    order_N: Tensor
-    places_TK: Tensor
-    offsets: Tensor
-
-
 def sort_by_expert(indices_TK: Tensor, num_experts: int) -> Order:
-    """Rows of an expert in the order of their pairs; negative indices come last."""
+    """Rows of an expert in the order of their pairs; indices outside [0, E), held elsewhere, come last.
+
+    Raises:
+        ValueError: the indices are no matrix of int32 or int64, or the number of experts is none that can be sorted by.
+    """
+    if not torch.compiler.is_compiling():
+        check_sort(indices_TK, num_experts)
     return Order(*backend_of(elementwise(indices_TK, num_experts)).sort(indices_TK, num_experts))
 
 
 def spread(x_TD: Tensor, order: Order) -> Tensor:
-    """Each row's token, [N, D]; its gradient is gathered, where indexing's own would be added row by row."""
+    """Each row's token, [N, D]; its gradient is gathered, where indexing's own would be added row by row.
+
+    Raises:
+        ValueError: the tokens are not those of the order, by number or device, or no matrix of floating-point numbers.
+    """
+    if not torch.compiler.is_compiling():
+        check_order(order, x_TD=x_TD)
     x_ND: Tensor = Spread.apply(x_TD, *order)  # type: ignore[no-untyped-call]
     return x_ND
 
 
 def combine(y_ND: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
-    """`Σ_k w_tk · y[places_tk]`, [T, D]."""
+    """`Σ_k w_tk · y[places_tk]`, [T, D].
+
+    Raises:
+        ValueError: as `spread`, of rows and weights.
+    """
+    if not torch.compiler.is_compiling():
+        check_order(order, y_ND=y_ND, weights_TK=weights_TK)
     z_TD: Tensor = Combine.apply(y_ND, weights_TK, *order)  # type: ignore[no-untyped-call]
     return z_TD
 
@@ -122,28 +141,20 @@ class Combine(torch.autograd.Function):
     def forward(
         ctx: Any, y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, places_TK: Tensor, offsets: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(y_ND, weights_TK, order_N, offsets)
+        ctx.save_for_backward(y_ND, weights_TK, places_TK, offsets)
         return backend_of(elementwise(y_ND)).combine(y_ND, places_TK, weights_TK, offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        y_ND, weights_TK, order_N, offsets = ctx.saved_tensors
+        y_ND, weights_TK, places_TK, offsets = ctx.saved_tensors
         ops = backend_of(elementwise(y_ND))
-        dy_ND, dweights_TK = ops.combine_backward(grads[0], y_ND, weights_TK, order_N, offsets)
+        dy_ND, dweights_TK = ops.combine_backward(grads[0], y_ND, weights_TK, places_TK, offsets)
         return dy_ND, dweights_TK.to(weights_TK.dtype), None, None, None
 
 
-def result_dtype(x: Tensor) -> torch.dtype:
-    """x's type; where autocast is on, which does not look into functions of ours, its."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the type of the products: the result's; fp32 for half precision on a CPU, where its backward pass crawls."""
-    dtype = result_dtype(tensors[0])
-    if dtype.itemsize == 2 and tensors[0].device.type == "cpu" and missing(tensors[0].device):
-        dtype = torch.float32
+    """In the type of the products of the first."""
+    dtype = computed_dtype(tensors[0])
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
@@ -160,41 +171,42 @@ class Routed(torch.autograd.Function):
     ) -> Tensor:
         ops = backend_of(name, elementwise(x_TD, len(down)))
         order_N, places_TK, offsets = ops.sort(indices_TK, len(down))
-        source, index_N, top_k = of_rows(ops, x_TD, order_N, places_TK)
-        h_N2F, a_NF = ops.up(source, index_N, top_k, gate_up, offsets)
-        y_TD: Tensor = ops.combine(ops.rows(a_NF, down, offsets), places_TK, weights_TK, offsets)
+        bounds = offsets.cpu() if ops.on_host else offsets  # the one time that the host waits for a GPU
+        x, gather = of_rows(ops, x_TD, order_N, places_TK)
+        h_N2F, a_NF = ops.up(x, *gather, gate_up, bounds)
+        y_TD: Tensor = ops.combine(ops.rows(a_NF, down, bounds), places_TK, weights_TK, offsets)
         ctx.name = name
         kept_TD = x_TD if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(kept_TD, weights_TK, order_N, places_TK, offsets, h_N2F, gate_up, down)
+        ctx.save_for_backward(kept_TD, weights_TK, order_N, places_TK, offsets, bounds, h_N2F, gate_up, down)
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, order_N, places_TK, offsets, h_N2F, gate_up, down = ctx.saved_tensors
+        x_TD, weights_TK, order_N, places_TK, offsets, bounds, h_N2F, gate_up, down = ctx.saved_tensors
         ops = backend_of(ctx.name, elementwise(h_N2F, len(down)))
         need_x, need_weights, _, need_gate_up, need_down, _ = ctx.needs_input_grad
         dx_TD = dweights_TK = dgate_up = ddown = None
-        dy, index_N, top_k = of_rows(ops, grads[0], order_N, places_TK)
-        da_NF = ops.rows(dy, down, offsets, True, index_N, top_k)
+        dy, gather = of_rows(ops, grads[0], order_N, places_TK)
+        da_NF = ops.rows(dy, down, bounds, True, *gather)
         weights_N = weights_TK.flatten()[order_N]
         dh_N2F, a_NF, dweights_N = ops.swiglu_backward(h_N2F, da_NF, weights_N, offsets[-1:])
         if need_weights:
             dweights_TK = dweights_N[places_TK].to(weights_TK.dtype)
         if need_down:
-            ddown = ops.outer(dy, a_NF, offsets, index_N, top_k, "y")
+            ddown = ops.outer_y(dy, a_NF, bounds, *gather)
         if need_x:
-            dx_ND = ops.rows(dh_N2F, gate_up.flatten(1, 2), offsets, True)
+            dx_ND = ops.rows(dh_N2F, gate_up.flatten(1, 2), bounds, True)
             dx_TD = ops.combine(dx_ND, places_TK, None, offsets)
         if need_gate_up:
-            x, index_N, top_k = of_rows(ops, x_TD, order_N, places_TK)
-            dgate_up = ops.outer(dh_N2F, x, offsets, index_N, top_k, "x").view_as(gate_up)
+            x, gather = of_rows(ops, x_TD, order_N, places_TK)
+            dgate_up = ops.outer_x(dh_N2F, x, bounds, *gather).view_as(gate_up)
         return dx_TD, dweights_TK, None, dgate_up, ddown, None
 
 
-def of_rows(ops: Backend, x_TD: Tensor, order_N: Tensor, places_TK: Tensor) -> tuple[Tensor, Tensor | None, int]:
-    """What a product reads its rows from: the tokens and where each row's is, or the rows themselves, copied."""
+def of_rows(ops: Backend, x_TD: Tensor, order_N: Tensor, places_TK: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """What a product reads its rows from: the tokens, and where each row's is; or the rows themselves, copied."""
     top_k = places_TK.shape[1]
-    return (x_TD.contiguous(), order_N, top_k) if ops.gathers else (x_TD.index_select(0, order_N // top_k), None, 1)
+    return (x_TD.contiguous(), (order_N, top_k)) if ops.gathers else (x_TD.index_select(0, order_N // top_k), ())
 
 
 class Mixed(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Backends `loop` and `grouped_mm`: products of PyTorch's, for each expert in turn or for all in one call.
 
-The loop reads the counts of rows on the host; `torch.nn.functional.grouped_mm` leaves them on the device.
+The loop needs the offsets on the host, where they are brought once for all products of a layer;
+`torch.nn.functional.grouped_mm` takes them on the device.
 
 Shapes: N rows (pairs of a token and an expert of its) in the order of their experts; F FFN width, E experts; offsets
 [E+1] are each expert's first row, and the last one's end. I inputs and O outputs of a product.
@@ -73,32 +74,17 @@ class Products:
         outer: Callable[..., Tensor],
         swiglu: Callable[..., Tensor] = reference.swiglu,
     ) -> None:
-        self._rows, self._outer, self._swiglu = rows, outer, swiglu
+        self._rows, self.outer, self._swiglu = rows, outer, swiglu
 
-    def up(
-        self, x: Tensor, order_N: Tensor | None, top_k: int, gate_up_E2FD: Tensor, offsets: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def up(self, x_ND: Tensor, gate_up_E2FD: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Both projections of each row side by side, [N, 2F], and `silu(gate) ⊙ up`, [N, F]."""
-        h_N2F = self.rows(x, gate_up_E2FD.flatten(1, 2), offsets, False, order_N, top_k)
+        h_N2F = self.rows(x_ND, gate_up_E2FD.flatten(1, 2), offsets)
         return h_N2F, self._swiglu(h_N2F)
 
-    def rows(
-        self, x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool = False, order_N: Tensor | None = None,
-        top_k: int = 1,
-    ) -> Tensor:  # fmt: skip
+    def rows(self, x_NI: Tensor, weight: Tensor, offsets: Tensor, transposed: bool = False) -> Tensor:
         """`W_e x_n`, [N, O], weight [E, O, I]; transposed: `W_eᵀ x_n`, weight [E, I, O]. 0 past offsets[E]."""
-        y_NO: Tensor = self._rows(of_rows(x, order_N, top_k), weight if transposed else weight.mT, offsets)
+        y_NO: Tensor = self._rows(x_NI, weight if transposed else weight.mT, offsets)
         return y_NO
-
-    def outer(
-        self, y: Tensor, x: Tensor, offsets: Tensor, order_N: Tensor | None = None, top_k: int = 1,
-        gathered: str | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Each expert's `Σ_n y_n x_nᵀ`, [E, O, I]; 0 for an expert without rows."""
-        y = of_rows(y, order_N if gathered == "y" else None, top_k)
-        x = of_rows(x, order_N if gathered == "x" else None, top_k)
-        weight_EOI: Tensor = self._outer(y, x, offsets)
-        return weight_EOI
 
 
 def swiglu_backward(
@@ -125,11 +111,6 @@ def swiglu_backward(
         torch.mul(silu, da, out=dup)
         torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
     return dh_N2F, a_NF, dweights_N
-
-
-def of_rows(x: Tensor, order_N: Tensor | None, top_k: int) -> Tensor:
-    """Tokens' rows in the order of experts."""
-    return x if order_N is None else x.index_select(0, order_N // top_k)
 
 
 #: Rows and outer products of each backend.

@@ -6,6 +6,8 @@ Shapes: T tokens, D residual width, F FFN width, E experts, K active experts.
 import torch
 from torch import Tensor
 
+from flexpert_kernels.precision import wide
+
 
 def reference_moe(
     x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
@@ -20,9 +22,10 @@ def reference_moe(
 
     Returns: [T, D] in fp64 for fp64 inputs, else in fp32.
     """
-    dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-    x_TD, weights_TK = x_TD.to(dtype), weights_TK.to(dtype)
-    gate_up_E2FD, down_EDF = gate_up_E2FD.to(dtype), down_EDF.to(dtype)
+    x_TD = wide(x_TD)
+    weights_TK, gate_up_E2FD, down_EDF = (tensor.to(x_TD.dtype) for tensor in (weights_TK, gate_up_E2FD, down_EDF))
+    if len(x_TD) == 0:  # of nothing, too, there are gradients
+        return x_TD + sum(tensor[:0].sum() for tensor in (weights_TK, gate_up_E2FD, down_EDF))
     rows = []
     for token, x_D in enumerate(x_TD):
         y_D = torch.zeros_like(x_D)
@@ -32,4 +35,4 @@ def reference_moe(
             gate_F, up_F = gate_up_E2FD[expert, 0] @ x_D, gate_up_E2FD[expert, 1] @ x_D
             y_D = y_D + weight * (down_EDF[expert] @ (gate_F * gate_F.sigmoid() * up_F))
         rows.append(y_D)
-    return torch.stack(rows) if rows else torch.zeros_like(x_TD)
+    return torch.stack(rows)

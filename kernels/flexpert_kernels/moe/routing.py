@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpert_kernels.moe.backends import backend_of
+from flexpert_kernels.moe.backends import load
+from flexpert_kernels.moe.check import check_route
 from flexpert_kernels.moe.dispatch import elementwise
 from flexpert_kernels.route import reference
 
@@ -18,7 +19,12 @@ def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
     Returns: probabilities [T, E]; the chosen ones' [T, K], largest first; their experts [T, K], the smaller index first
         among equals; log Σ_e exp(logit_e − mean logit) [T], for the z-loss.
+
+    Raises:
+        ValueError: the logits are no matrix of floating-point numbers, or `top_k` is not from 1 to E.
     """
+    if not torch.compiler.is_compiling():
+        check_route(logits_TE, top_k)
     if elementwise(logits_TE, logits_TE.shape[1]) == "loop":
         return reference.route(logits_TE, top_k)
     return Route.apply(logits_TE, top_k)  # type: ignore[no-any-return, no-untyped-call]
@@ -27,7 +33,8 @@ def route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 class Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        probs_TE, weights_TK, indices_TK, normaliser_T = backend_of("triton").route(logits_TE, top_k)
+        load()  # of the operator
+        probs_TE, weights_TK, indices_TK, normaliser_T = torch.ops.flexpert.route_of(logits_TE, top_k)
         ctx.mark_non_differentiable(indices_TK)
         ctx.save_for_backward(probs_TE, indices_TK)
         return probs_TE, weights_TK, indices_TK, normaliser_T

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert_kernels.grouped_mm.launch import check, check_shape
+from flexpert_kernels.arguments import INTEGERS, check_count, check_dtype, check_kernel, check_shape
 from flexpert_kernels.route import MAX_EXPERTS
 
 MAX_TILES = 256
@@ -132,12 +132,11 @@ def route(
     Logits get min(bias, 0) and are centred; equals come in the order of their indices.
     """
     logits_TE = logits_TE.contiguous()
-    check(logits_TE=logits_TE)
+    check_kernel(logits_TE=logits_TE)
     check_shape("logits_TE", logits_TE, (None, None))
     num_tokens, num_experts = logits_TE.shape
-    check_experts(num_experts)
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}; expected 1 to {num_experts}, the number of experts")
+    check_count("num_experts", num_experts, MAX_EXPERTS)
+    check_count("top_k", top_k, num_experts)
     if bias_E is not None:
         check_shape("bias_E", bias_E, (num_experts,))
         bias_E = bias_E.contiguous()
@@ -159,9 +158,8 @@ def sort_by_expert(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     """`order_N`, `places_TK` and `offsets` [E + 1], int32, of a stable sort; indices outside [0, E) come last."""
     indices_TK = indices_TK.contiguous()
     check_shape("indices_TK", indices_TK, (None, None))
-    if indices_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"indices_TK is {indices_TK.dtype}; expected torch.int32 or torch.int64")
-    check_experts(num_experts)
+    check_dtype("indices_TK", indices_TK, INTEGERS)
+    check_count("num_experts", num_experts, MAX_EXPERTS)
     num_pairs = indices_TK.numel()
     places_TK = torch.empty_like(indices_TK, dtype=torch.int32)
     order_N = places_TK.new_empty(num_pairs)
@@ -182,8 +180,3 @@ def tiles(num_pairs: int, num_experts: int) -> tuple[int, int, int, int]:
     block_n = min(ELEMENTS // block_e, 256)
     rounds = max(1, triton.cdiv(num_pairs, block_n * MAX_TILES))
     return block_n, block_e, rounds, max(1, triton.cdiv(num_pairs, block_n * rounds))
-
-
-def check_experts(num_experts: int) -> None:
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ValueError(f"there are {num_experts} experts; expected 1 to {MAX_EXPERTS}")

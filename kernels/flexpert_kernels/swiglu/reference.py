@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpert_kernels.precision import wide
+
 
 def swiglu(h_N2F: Tensor, weights_N: Tensor | None = None, num_rows: Tensor | None = None) -> Tensor:
     """`a = w · silu(gate) ⊙ up` of rows [gate | up], [N, F]: arXiv 2002.05202, times the router's weight.
@@ -59,7 +61,3 @@ def zeroed(x: Tensor, num_rows: Tensor | None) -> Tensor:
         return x
     past = torch.arange(len(x), device=x.device) >= num_rows
     return x.masked_fill_(past.view(-1, *[1] * (x.dim() - 1)), 0)
-
-
-def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

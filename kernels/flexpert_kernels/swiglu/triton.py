@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert_kernels.grouped_mm.launch import check, check_shape
+from flexpert_kernels.arguments import check_kernel, check_shape, expect
 
 ELEMENTS = 1024  # of a block: a load of 16 bytes in bf16 of each operand for each of a program's 128 threads
 
@@ -100,7 +100,7 @@ def swiglu_backward(
     """
     h_N2F, weights_N = prepared(h_N2F, weights_N)
     da_NF = da_NF.contiguous()
-    check(h_N2F=h_N2F, da_NF=da_NF)
+    check_kernel(h_N2F=h_N2F, da_NF=da_NF)
     check_shape("da_NF", da_NF, (len(h_N2F), h_N2F.shape[1] // 2))
     dh_N2F, a_NF = torch.empty_like(h_N2F), torch.empty_like(da_NF)
     dweights_N = None if weights_N is None else torch.empty_like(weights_N, dtype=torch.float32)
@@ -116,9 +116,8 @@ def swiglu_backward(
 def prepared(h_N2F: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Checked and dense."""
     h_N2F = h_N2F.contiguous()
-    check(h_N2F=h_N2F)
-    if h_N2F.dim() != 2 or h_N2F.shape[1] % 2:
-        raise ValueError(f"h_N2F has the shape {tuple(h_N2F.shape)}; expected rows of a gate and an up half each")
+    check_kernel(h_N2F=h_N2F)
+    expect(h_N2F.dim() == 2 and h_N2F.shape[1] % 2 == 0, "h_N2F", "rows of a gate and an up half", tuple(h_N2F.shape))
     if weights_N is not None:
         check_shape("weights_N", weights_N, (len(h_N2F),))
         weights_N = weights_N.contiguous()

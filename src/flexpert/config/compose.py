@@ -30,6 +30,9 @@ from flexpert.config.options import Lockable
 from flexpert.config.stages import STAGE_CONFIGS
 from flexpert.errors import UserError
 
+#: From this likeness on, a key is taken for a slip of another one.
+ALIKE = 0.7
+
 
 def conf_directory() -> Path:
     """`conf/` as installed: a package of its own, so that it is found from a wheel and from a checkout."""
@@ -219,10 +222,24 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
     if name in groups_of(stage):
         check_group_choice(override)
         return override
-    nearest = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
-    nearest = nearest or [leaf for leaf in leaves if leaf.endswith(f".{name}")][:1]
-    hint_text = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise UserError(f"unknown key '{name}' for stage {stage}{hint_text} (all keys: `flexpert {stage} --help`)")
+    raise UserError(
+        f"unknown key '{name}' for stage {stage}{suggestion(name, stage)} (all keys: `flexpert {stage} --help`)"
+    )
+
+
+def suggestion(name: str, stage: str) -> str:
+    """The key that was probably meant, or the stages that have this one."""
+
+    def likeness(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    # A group's name makes all of its keys alike: what counts is the part after the last dot.
+    last = name.rpartition(".")[2]
+    alike = [leaf for leaf in leaves_of(stage) if likeness(last, leaf.rpartition(".")[2]) >= ALIKE]
+    if alike:
+        return f"; did you mean {max(alike, key=lambda leaf: likeness(name, leaf))}?"
+    others = [other for other in STAGE_CONFIGS if name in leaves_of(other)]
+    return f"; it is a key of {', '.join(others)}" if others else ""
 
 
 def as_typed(value: Any) -> str:

@@ -439,7 +439,12 @@ class PlanConfig(Lockable):
 
 @dataclass
 class TuneKernelsConfig(Lockable):
-    """`flexpert tune_kernels`: the fastest tiles of a model's experts on this GPU, found and kept for runs to come."""
+    """`flexpert tune_kernels`: the fastest tiles of a model's experts on this GPU, found and kept for runs to come.
+
+    It needs a GPU of compute capability 8.0 (sm_80, such as A100) or newer. What it finds is kept in
+    ~/.cache/flexpert/tiles.json ($XDG_CACHE_HOME/flexpert/tiles.json where that is set), for this kind of GPU, this
+    Triton and this PyTorch.
+    """
 
     model: str = opt(MISSING, "a named choice of conf/model, such as flex_37b, or a model directory", path="file")
     tokens: int = opt(8192, "tokens of a microbatch")

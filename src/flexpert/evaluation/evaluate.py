@@ -21,7 +21,7 @@ from flexpert.evaluation.documents import EvaluationSet, load_set
 from flexpert.evaluation.score import Scores, bits_per_byte, score, summary
 from flexpert.evaluation.table import print_bits
 from flexpert.model.moe import set_backend
-from flexpert.model.transformer import Transformer
+from flexpert.model.transformer import Transformer, build_on_meta
 from flexpert.parallel.apply import check_for_inference, put_for_inference, ranks_for_inference
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import Ranks
@@ -90,6 +90,7 @@ def run(config: EvaluateConfig, resolved: str) -> None:
     left = len(select_experts(main.experts, config.exclude)) if main.experts else 0
     for experts in (left, left - 1) if config.leave_one_out and left > 1 else (left,):
         check_for_inference(replace(main.config, num_experts=experts, active_experts=1), ranks)
+    set_backend(build_on_meta(main.config), config.moe_backend, device)
     on_first(lambda: claim_directory(output, resolved, "auto"))
     evaluation = Evaluation(config, sets, device, ranks)
     evaluation.add_flex(MODEL, config.exclude, config.active_experts)
