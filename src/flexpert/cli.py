@@ -2,12 +2,10 @@
 
 import importlib
 import os
-import signal
 import sys
 import time
-from types import FrameType
 
-from flexpert import __version__
+from flexpert import __version__, signals
 from flexpert.errors import UserError
 from flexpert.parallel.environment import LOCAL_RANK, adopt_slurm, is_first, num_ranks
 
@@ -33,8 +31,6 @@ STAGES = {
 #: ends all when one has ended.
 AFTER_FIRST = 2.0
 
-GOES_ON = "; started again, a pipeline goes on, and a training stage from its last checkpoint; other stages begin anew"
-
 #: Stages that several processes run together, started by torchrun or srun.
 PARALLEL = ("pretrain", "expert", "tune_router", "evaluate", "generate")
 
@@ -57,10 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run one stage.
 
     Exit status: 0 done; 1 a defect of ours (with traceback); 2 a mistake in the input (one line); 3 another process of
-    the stage was lost (one line, from one of those that are left).
+    the stage was lost (one line, from one of those that are left); 75 told to stop by a signal (one line): training and
+    pipelines go on when they are started again.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, terminate)
+    signals.install()
     adopt_slurm()
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end; rank 0 says it all)
@@ -80,16 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `flexpert … | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except KeyboardInterrupt:
-        print(f"flexpert: interrupted{GOES_ON}", file=sys.stderr)
-        sys.exit(130)
-
-
-def terminate(signal_number: int, frame: FrameType | None) -> None:
-    """End by way of the blocks that clean up: no half-written directory, no child, no open W&B run stays."""
-    if is_first():
-        print(f"flexpert: terminated{GOES_ON}", file=sys.stderr)
-    raise SystemExit(128 + signal_number)
 
 
 def run_stage(stage: str, overrides: list[str]) -> None:

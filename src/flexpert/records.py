@@ -20,7 +20,7 @@ SCHEMA_VERSIONS = {
     "flexpert.contribution": 2,
     "flexpert.assembly": 2,
     "flexpert.evaluation": 1,
-    "flexpert.checkpoint": 1,
+    "flexpert.checkpoint": 2,
     "flexpert.stage": 1,
 }
 

@@ -1,5 +1,6 @@
 """What stages that train into a directory share: claiming it, the device, the CPU threads."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from flexpert.records import write_atomic
 #: Keys that may change when a stage is started again in its directory: they do not change what it writes.
 FREE_KEYS = (
     "monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "moe_backend", "device",
-    "train.recompute",
+    "train.recompute", "train.step_timeout", "train.spike_threshold", "train.max_skipped",
 )  # fmt: skip
 
 #: Changed keys that a message spells out.
@@ -87,6 +88,13 @@ def claim_directory(output: Path, resolved: str, resume: str) -> None:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
 
 
+class Notes(logging.Handler):
+    """Prints what is logged, on rank 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"note: {record.getMessage()}", flush=True)
+
+
 def set_up_process(device: str, config: ParallelConfig) -> Any:
     """Choose the device, set CPU threads, join the other processes; returns the `torch.device`.
 
@@ -103,5 +111,9 @@ def set_up_process(device: str, config: ParallelConfig) -> Any:
         raise UserError(f"device={device} is not one of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but PyTorch finds no CUDA device here")
+    kernels = logging.getLogger("flexpert_kernels")  # says which backend it has chosen
+    kernels.setLevel(logging.INFO)
+    if not kernels.handlers:
+        kernels.addHandler(Notes())
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     return join_ranks(torch.device("cuda" if use_cuda else "cpu"), config.timeout)

@@ -1,6 +1,5 @@
 """A user's mistake is one line on standard error, exit status 2, and nothing half-written."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from toy import SHAPE, train
 
 from flexpert.cli import main, run_stage
 from flexpert.errors import UserError
+from flexpert.signals import REQUEUE
 from flexpert.stage import check_directory
 
 
@@ -177,5 +177,5 @@ def test_a_stage_that_is_terminated_cleans_up(road: Path, tmp_path: Path) -> Non
         while process.poll() is None and not list(tmp_path.glob(".data.*.partial/train.bin")):
             time.sleep(0.001)
         process.terminate()
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == REQUEUE
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from flexpert.cli import run_stage
 from flexpert.config.compose import compose
 from flexpert.launch.graph import Records, build_graph
 from flexpert.records import read_record
+from flexpert.signals import REQUEUE
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == REQUEUE
     assert not [
         line for line in subprocess.check_output(["ps", "axo", "args"], text=True).split("\n") if str(output) in line
     ]

@@ -1,9 +1,7 @@
 """Exact resume: a run that was stopped anywhere goes on, and ends, as the one that was not: bit for bit."""
 
-import io
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -15,19 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from toy import SHAPE, train
 
-from flexpert.checkpoint import distributed
 from flexpert.cli import run_stage
 from flexpert.config.compose import compose
-from flexpert.config.groups import ModelConfig
 from flexpert.errors import UserError
-from flexpert.model.transformer import Transformer
 from flexpert.monitor.jsonl import read_metrics
-from flexpert.records import sha256_file
 from flexpert.train import expert, pretrain, tune_router
-from flexpert.train.callbacks import Callback
+from flexpert.train.callbacks import Callback, Checkpoints
 from flexpert.train.loop import Trainer
 
 pytestmark = pytest.mark.slow
@@ -133,6 +126,9 @@ class Watch(Callback):
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         moment = (self.loop, trainer.step)
         self.run.seen[moment] = bits(trainer)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Checkpoints):
+                assert callback.saver.wait() is None  # what is being written
         if self.run.copying:
             shutil.copytree(self.run.output, self.run.image(moment))
         if self.run.stop == moment:
@@ -257,138 +253,35 @@ def test_a_run_that_skips_steps_is_resumed_exactly_too(overrides: dict[str, list
     assert_same(without_checkpoints.result(), whole.result, "without checkpoints")
 
 
-def test_a_resumed_run_gives_up_after_the_same_step(
-    overrides: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexpert.train.loop.MAX_SKIPPED", 3)
-    run = Run("pretrain", tmp_path / "run", *overrides["pretrain"], "checkpoint.interval=1")
+def test_a_resumed_run_gives_up_after_the_same_step(overrides: dict[str, list[str]], tmp_path: Path) -> None:
+    run = Run("pretrain", tmp_path / "run", *overrides["pretrain"], "checkpoint.interval=1", "train.max_skipped=3")
     run.spoiled, run.copying = {1, 2, 3, 4}, True
     with pytest.raises(UserError, match="3 steps in a row"):
         run.start()
     run.copying = False
-    assert list(run.seen) == [(".", step) for step in range(4)]
+    assert list(run.seen) == [(".", step) for step in range(5)]
     for step in (1, 2, 3):
         with pytest.raises(UserError, match="3 steps in a row"):
             run.start_from((".", step))
-        assert list(run.seen) == [(".", later) for later in range(step, 4)]
+        assert list(run.seen) == [(".", later) for later in range(step, 5)]
 
 
-class Code:
-    """Unpickled, it makes a directory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-Saved = tuple[Path, Transformer, torch.optim.Optimizer]
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Saved:
-    """A checkpoint of step 3, and what it is of."""
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12))
-    for parameter in model.parameters():
-        parameter.data.normal_()
-    optimizer = torch.optim.AdamW(model.parameters())
-    model.head(model(torch.arange(8)[None]).stream_BSD).square().mean().backward()
-    optimizer.step()
-    distributed.save(tmp_path, 3, model, optimizer, {"skipped_steps": 5})
-    return tmp_path / "step-000000003", model, optimizer
-
-
-def list_files(checkpoint: Path, names: list[str]) -> None:
-    """Make checkpoint.json list these files as they are, as somebody who altered them would."""
-    path = checkpoint / "checkpoint.json"
-    files = {name: sha256_file(checkpoint / name) for name in names}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
-
-
-def assert_refused(saved: Saved, *parts: str) -> None:
-    path, model, optimizer = saved
-    before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(UserError) as caught:
-        distributed.load(path.parent, 3, model, optimizer)
-    assert all(part in str(caught.value) for part in [str(path), *parts]) and "\n" not in str(caught.value)
-    assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_a_checkpoint_restores_what_was_saved(saved: Saved) -> None:
-    path, model, optimizer = saved
-    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
-    for tensor in [*model.parameters(), *(state["exp_avg"] for state in optimizer.state.values())]:
-        tensor.data.zero_()
-    assert distributed.load(path.parent, 3, model, optimizer)["skipped_steps"] == 5
-    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
-    assert all(map(torch.equal, (state["exp_avg"] for state in optimizer.state.values()), moments))
-
-
-def test_a_checkpoint_with_a_file_that_it_does_not_list_is_refused(saved: Saved, tmp_path: Path) -> None:
-    path = saved[0]
-    shard = next(path.glob("*.distcp")).name
-    (path / "more.distcp").touch()
-    assert_refused(saved, "more.distcp is not listed")
-    (path / "more.distcp").unlink()
-    (path / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    assert_refused(saved, ".metadata is missing or altered")
-    list_files(path, [shard])
-    assert_refused(saved, ".metadata is not listed in checkpoint.json")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_checkpoint_cannot_run_code_even_if_its_hashes_agree(saved: Saved, tmp_path: Path) -> None:
-    path, shard = saved[0], next(saved[0].glob("*.distcp"))
-    metadata = (path / ".metadata").read_bytes()
-    for content in (Code(tmp_path / "ran"), ["no metadata"]):
-        (path / ".metadata").write_bytes(pickle.dumps(content))
-        list_files(path, [".metadata", shard.name])
-        assert_refused(saved, "is no checkpoint of ours")
-    # AdamW's count of steps, in its place in the shard, and then as something that is no tensor.
-    record = pickle.loads(metadata)
-    index, found = next((index, i) for index, i in record.storage_data.items() if index.fqn.endswith(".step"))
-    buffer = io.BytesIO()
-    torch.save(Code(tmp_path / "ran"), buffer)
-    found.offset, found.length = shard.stat().st_size, len(buffer.getvalue())
-    shard.write_bytes(shard.read_bytes() + buffer.getvalue())
-    (path / ".metadata").write_bytes(pickle.dumps(record))
-    list_files(path, [".metadata", shard.name])
-    assert_refused(saved, "is no checkpoint of ours")
-    record.state_dict_metadata[index.fqn] = BytesStorageMetadata()
-    (path / ".metadata").write_bytes(pickle.dumps(record))
-    list_files(path, [".metadata", shard.name])
-    assert_refused(saved, "is no checkpoint of ours")
-    assert not (tmp_path / "ran").exists()
-
-
-#: Runs a command, and then others one after another, each in a process of its own that has PyTorch loaded already.
-#: Each is to kill itself on the n-th call of a function, or (null) to end. Prints how they ended.
+#: Runs a command, and then others one after another, each in a process of its own that has PyTorch loaded already, and
+#: a fault planted, or none. Prints how they ended.
 COMMANDS = """
-import json, os, pkgutil, signal, sys
+import json, os, sys
 import wandb
 from flexpert.cli import main
-
-def kill_at(owner, name, call):
-    original, calls = getattr(owner, name), []
-    def counted(*arguments, **named):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **named)
-    setattr(owner, name, counted)
+from flexpert.testing import Fault, faults
 
 first, *others = json.loads(sys.argv[1])
 main(first)
 ended = []
-for arguments, kill in others:
+for arguments, planted in others:
     process = os.fork()
     if process == 0:
-        if kill:
-            kill_at(pkgutil.resolve_name(kill[0]), kill[1], kill[2])
-        sys.exit(main(arguments))
+        with faults(*(Fault(**fault) for fault in planted)):
+            sys.exit(main(arguments))
     ended.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 print(json.dumps(ended))
 """
@@ -404,20 +297,22 @@ def test_commands_killed_in_the_middle_go_on_with_the_same_bits_and_the_same_wan
         return ["expert", *toy, *more, f"output_dir={output}"]
 
     tracked = command(killed, "monitor.wandb=offline")
-    write = ["flexpert.checkpoint.store", "fsync_tree"]  # when all is written, and nothing has its name yet
+
+    def kill(phase: str, **where: int) -> list[dict[str, Any]]:
+        return [{"action": "kill", "phase": phase, **where}]
+
     jobs = [
         command(whole),
-        (command(killed), ["torch.autograd", "backward", 14]),  # the second microbatch of step 4
-        (tracked, [*write, 3]),  # the checkpoint of calibration's step 2, after those of steps 4 and 5
-        (command(killed), [*write, 3]),  # the contribution, after the checkpoints of calibration
-        (tracked, None),
+        (command(killed), kill("backward", step=4, after=1)),  # in its second microbatch
+        (tracked, kill("commit", step=2, after=0)),  # of calibration
+        (command(killed), kill("publish")),
+        (tracked, []),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork has no other threads
     program = [sys.executable, "-c", COMMANDS, json.dumps(jobs)]
     run = subprocess.run(program, env=environment, capture_output=True, text=True)
-    kill = -signal.SIGKILL
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == [kill, kill, kill, 0], run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == [-signal.SIGKILL] * 3 + [0], run.stderr
     assert_same(result(killed, "contribution"), result(whole, "contribution"), run.stdout)
     restored = [line.rpartition(" ")[2] for line in run.stdout.splitlines() if line.startswith("resuming")]
     assert restored == ["2", "5", "5", "3"]

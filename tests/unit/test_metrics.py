@@ -9,6 +9,7 @@ from toy import train
 from flexpert.errors import UserError
 from flexpert.monitor.devices import peak_of
 from flexpert.monitor.jsonl import MetricsLog, read_metrics
+from flexpert.testing import Fault, faults
 
 
 def write(path: Path, steps: range, last_step: int, note: str) -> None:
@@ -106,10 +107,9 @@ def test_wandb_without_its_key_is_one_line(
 
 
 def test_a_run_that_fails_does_not_look_finished_in_wandb(
-    expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("flexpert.train.loop.MAX_SKIPPED", 0)  # the first step is one too many
-    with pytest.raises(UserError, match="without a finite loss"):
+    with faults(Fault("error", "optimizer", step=2)), pytest.raises(RuntimeError, match="a fault was planted"):
         train("expert", *expert_overrides, "monitor.wandb=offline", f"output_dir={tmp_path}/run")
     assert [run.exit_code for run in wandb_runs] == [1]
 

@@ -3,6 +3,8 @@
 import math
 import multiprocessing
 import operator
+import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -20,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flexpert.checkpoint import distributed
 from flexpert.checkpoint.layout import model_shapes
 from flexpert.cli import main
 from flexpert.config.compose import compose, conf_directory
@@ -35,6 +38,7 @@ from flexpert.parallel.mesh import build_meshes
 from flexpert.parallel.ranks import Ranks
 from flexpert.parallel.tensor import TensorAxis, apply_tensor_parallel, local
 from flexpert.planning.cost import data_bytes, expert_bytes, tensor_bytes
+from flexpert.planning.goodput import Saving, checkpoint_bytes, saving_of
 from flexpert.planning.job import Job, expert_job, jobs_of, pretrain_job, tune_router_job
 from flexpert.planning.memory import activation_bytes, state_bytes
 from flexpert.planning.plan import contribution_bytes, model_bytes
@@ -317,6 +321,74 @@ def test_files_have_the_bytes_of_their_tensors() -> None:
     with FakeTensorMode():
         tensors = expert_tensors(Transformer(job.model, job.group_sizes), torch.bfloat16)
         assert contribution_bytes(FLEX_37B) == local_bytes(tensors.values())
+    for each in kinds(FLEX_37B).values():
+        assert checkpoint_bytes(each) == distributed.checkpoint_bytes(build(each))
+
+
+def simulated(saving: Saving, interval: int, num_failures: int) -> float:
+    """The goodput of a run that goes through its steps, savings, failures and restarts one after the other."""
+    generator = random.Random(0)
+    now, saved = 0.0, 0
+    for _ in range(num_failures):
+        fails = now + generator.expovariate(1 / saving.between_failures)
+        now += saving.restart
+        step = writing = saved  # the step that is being written, or was
+        written = 0.0  # when
+        while now < fails:
+            now, step = now + saving.step, step + 1
+            if step % interval == 0:
+                now = max(now, written)
+                saved = writing if written <= fails else saved
+                now += saving.stall
+                writing, written = step, now + saving.write
+        saved = writing if written <= fails else saved
+        now = fails
+    return saved * saving.step / now
+
+
+@pytest.mark.parametrize(
+    ("saving", "interval"),
+    [
+        (Saving(1.0, 0.5, 8.0, 15.0, 100.0), 20),
+        (Saving(1.0, 3.0, 0.0, 15.0, 100.0), 20),  # waited for: nothing is written beside the steps
+        (Saving(1.0, 2.0, 12.0, 0.0, 100.0), 5),  # the next save waits for the one before
+        (Saving(1.0, 0.0, 5.0, 60.0, 50.0), 5),  # most restarts fail, too
+        (Saving(79.0, 0.17, 8.8, 197.0), 50),
+    ],
+)
+def test_goodput_is_that_of_a_simulated_run(saving: Saving, interval: int) -> None:
+    assert saving.goodput(interval) == pytest.approx(simulated(saving, interval, 40_000), rel=0.015)
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        Saving(7.9, 0.17, 8.8, 197.0),
+        Saving(0.5, 8.9, 0.0, 197.0),
+        Saving(2.0, 0.1, 90.0, 20.0),
+        Saving(1.0, 0.0, 0.0, 1.0, 100.0),
+        Saving(50.0, 1.0, 1.0, 1.0, 10.0),
+    ],
+)
+def test_no_interval_is_better_than_the_best(saving: Saving) -> None:
+    assert saving.best_interval() == max(range(1, 3000), key=saving.goodput)
+
+
+@pytest.mark.parametrize("stall", [0.1, 8.9])
+def test_the_best_interval_follows_youngs_rule(stall: float) -> None:
+    young = math.sqrt(2 * stall * 3 * 3600)
+    assert Saving(0.01, stall, 5.0, 197.0).best_interval() * 0.01 == pytest.approx(young, rel=0.02)
+
+
+def test_a_save_copies_what_a_rank_holds_and_a_restart_reads_what_was_saved() -> None:
+    config, _ = compose("plan", ["stage=expert"])
+    (job,) = jobs_of(config)
+    choice = choices_of(job, config)[0]
+    saving, model = saving_of(choice, config), build(job)
+    saved, frozen = distributed.checkpoint_bytes(model), [p for p in model.parameters() if not p.requires_grad]
+    assert saving.stall == pytest.approx(0.1 + saved / 64 / 20e9, rel=0.01)  # all of it is spread over 64 GPUs
+    assert saving.write == saved / 10e9
+    assert saving.restart == pytest.approx(180 + (2 * saved + local_bytes(frozen)) / 10e9)
 
 
 @pytest.mark.parametrize(("cluster", "device"), [("a100", "NVIDIA A100-SXM4-80GB"), ("h100", "NVIDIA H100 80GB HBM3"),
@@ -369,6 +441,11 @@ def test_the_command_prints_what_to_book(capsys: pytest.CaptureFixture[str]) -> 
         assert hours == pytest.approx(days * 24 * 8, rel=0.03)
         assert all_hours == pytest.approx(runs * hours, rel=0.01)
     assert next(line for line in lines if line[0] == "assembly")[1:3] == ["75.20", "75.20"]
+    (told,) = (line for line in out.splitlines() if line.startswith("checkpoint.interval"))
+    for stage, line in booked.items():
+        found = re.search(rf"(\d+) of {stage} \(([\d.]+) s, ([\d.]+)%\)", told)
+        assert found is not None and int(found[1]) * float(line[7]) == pytest.approx(float(found[2]), rel=0.01)
+        assert 95 < float(found[3]) < 100
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from toy import SHAPE, train
 
 from flexpert.data.dataset import TokenWindows
 from flexpert.data.prefetch import Prefetch
-from flexpert.errors import UserError
+from flexpert.testing import Fault, faults
 from flexpert.train.loop import Trainer
 
 
@@ -82,10 +82,7 @@ def test_an_error_of_the_thread_is_raised_by_its_step_and_ends_the_run(
     assert not threads()
 
 
-def test_the_thread_ends_with_a_run_that_fails_elsewhere(
-    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flexpert.train.loop.MAX_SKIPPED", 0)  # the first step is one too many
-    with pytest.raises(UserError, match="0 steps in a row"):
+def test_the_thread_ends_with_a_run_that_fails_elsewhere(road: Path, tmp_path: Path) -> None:
+    with faults(Fault("error", "optimizer", step=2)), pytest.raises(RuntimeError, match="a fault was planted"):
         train("pretrain", *SHAPE, f"data.dir={road}/data/public", f"output_dir={tmp_path}/run")
     assert not threads()

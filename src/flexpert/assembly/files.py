@@ -12,6 +12,7 @@ from typing import Self
 from flexpert.assembly.tensors import FileRecord, TensorSource, write_tensors
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
+from flexpert.testing import reached
 
 #: Each has two threads and two pieces of `BUFFER_BYTES` in hand, so eight stay far below 512 MiB.
 FILES_AT_A_TIME = min(8, max(2, os.cpu_count() or 1))
@@ -80,6 +81,7 @@ class ModelWriter:
 
     def submit(self, write: Callable[..., FileRecord], *arguments: object) -> Future[FileRecord]:
         """Begin to write one file by a function that looks at its last argument, an `Event`, before each piece."""
+        reached("assembly")
         return self._pool.submit(write, *arguments, self._stop)
 
     def __enter__(self) -> Self:

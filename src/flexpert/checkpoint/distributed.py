@@ -1,38 +1,45 @@
-"""Training checkpoints: torch distributed checkpoint inside step directories that are written whole and verified.
+"""Training checkpoints: torch distributed checkpoint in the step directories of `envelope`.
 
-    checkpoints/step-000000200/{*.distcp, .metadata, checkpoint.json}
-
-`checkpoint.json` lists every file with its SHA-256, and none is opened before that was compared. This finds damage, and
-nothing more: who alters a file can alter the list. What PyTorch writes are pickles; so that they cannot run code,
-whoever wrote them, they may name only PyTorch's own records of a checkpoint (`.metadata`), tensors and plain values.
+A checkpoint may be saved on one layout and loaded on another: every tensor is saved once, in parts, under its name.
+Each rank's random generators are saved as tensors, too, so that all is tensors: what is none, PyTorch would unpickle.
+Nothing is opened before the run's own key has vouched for it; and so that no file can run code whoever wrote it,
+`.metadata` may name only PyTorch's own records of a checkpoint, and tensors are read with `weights_only`.
 """
 
+import errno
+import hashlib
+import io
 import pickle
-import re
+import random
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import filesystem, metadata, staging, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
+from flexpert.checkpoint import envelope
+from flexpert.checkpoint.envelope import Damaged
 from flexpert.checkpoint.sharding import local_part
 from flexpert.checkpoint.store import atomic_directory
 from flexpert.errors import UserError
-from flexpert.fields import require
 from flexpert.model.transformer import Transformer
-from flexpert.parallel.environment import num_ranks, rank
+from flexpert.parallel.environment import is_first, num_ranks, rank
 from flexpert.parallel.process import barrier, on_first
-from flexpert.records import read_record, sha256_file, write_record
+from flexpert.records import sha256_file
+from flexpert.testing import reached
 
-STEP_NAME = re.compile(r"step-(\d{9})")
-RECORD_NAME = "checkpoint.json"
+#: One process is meant where there is one.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 #: What `.metadata` is made of, beside `torch.dtype`s and paths. We save tensors alone: what is none, PyTorch would
 #: unpickle whatever it names.
@@ -71,81 +78,289 @@ def trained_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[
     return {"model": parameters, "optimizer": {name: optimizer.state[p] for name, p in parameters.items()}}
 
 
-def save(
-    directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer, extra: dict[str, Any]
-) -> None:
-    """Write `directory/step-N`, of several processes each its part; `extra` must be JSON: what a run needs to go on."""
-    final = directory / f"step-{step:09d}"
-    if on_first(final.exists):
-        return
-    with directory_of_all(final) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "torch.distributed is unavailable": one process is meant
-        alone = not dist.is_initialized()
-        state_dict_saver.save(trained_state(model, optimizer), checkpoint_id=temporary, no_dist=alone)
-
-        # Every rank hashes what it wrote, `__RANK_*.distcp`; the first also `.metadata`, which is there when all are.
-        own = {path.name: sha256_file(path) for path in temporary.glob(f"__{rank()}_*")}
-        parts: list[dict[str, str]] = [own] * num_ranks()
-        if not alone:
-            dist.all_gather_object(parts, own)
-
-        def record() -> None:
-            files = {".metadata": sha256_file(temporary / ".metadata")}
-            for part in parts:
-                files |= part
-            files = dict(sorted(files.items()))
-            assert files.keys() == {path.name for path in temporary.iterdir()}
-            write_record(temporary / RECORD_NAME, "flexpert.checkpoint", {"step": step, "files": files, **extra})
-
-        on_first(record)
+def generators() -> dict[str, Tensor]:
+    """The state of this rank's random generators, under names of its own."""
+    version, numbers, following = random.getstate()
+    kind, keys, position, has_gauss, gauss = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
+    assert (version, kind) == (3, "MT19937")
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(numbers, dtype=torch.int64),
+        "python_following": torch.tensor([following is not None, following or 0.0], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_following": torch.tensor(gauss, dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {f"{rank()}.{name}": value for name, value in state.items()}
 
 
-def steps(directory: Path) -> list[int]:
-    """Steps that have a committed checkpoint, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(match[1]) for path in directory.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
+def set_generators(state: dict[str, Tensor]) -> None:
+    """The inverse of `generators`."""
+    of = {name.partition(".")[2]: value for name, value in state.items()}
+    torch.set_rng_state(of["torch"])
+    has, value = of["python_following"].tolist()
+    random.setstate((3, tuple(of["python"].tolist()), value if has else None))
+    *keys, position, has_gauss = of["numpy"].tolist()
+    gauss = of["numpy_following"].item()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
+    if "cuda" in of:
+        torch.cuda.set_rng_state(of["cuda"])
 
 
-def load(directory: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore model and optimiser in place from `directory/step-N`, and return its record.
+class HashedFile(io.BufferedWriter):
+    """A new file that hashes what is written to it."""
 
-    Raises:
-        UserError: a file is missing, is not the one that was written or was put there, or asks for code to be run.
-    """
-    path = directory / f"step-{step:09d}"
-    record = on_first(lambda: check_files(path))
-    state = trained_state(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__(io.FileIO(path, "wb"), 1 << 20)
+        self.digest, self.step = hashlib.sha256(), step
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
         try:
-            alone = not dist.is_initialized()
-            state_dict_loader.load(state, storage_reader=Reader(path), no_dist=alone)
-        except (pickle.UnpicklingError, CheckpointException) as error:
-            causes = (
-                [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-            )
-            if not any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
+            reached("shard", self.step)
+            self.digest.update(data)
+            return super().write(data)
+        except OSError as error:  # what calls this, within `torch.save`, would make another error of it
+            self.error = error
+            return len(data)
+
+
+class HashedFiles(filesystem.FileSystem):
+    """PyTorch's access to files, which hashes those that it writes.
+
+    Attributes:
+        written: name → file.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.written: dict[str, HashedFile] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with HashedFile(Path(path), self.step) as file:
+            self.written[Path(path).name] = file
+            yield file
+            if file.error is not None:
+                raise file.error
+
+
+class Saver:
+    """Writes checkpoints beside the training: `save` returns when the state was copied.
+
+    All ranks call the same methods in the same order, and save in a thread, over a group of their own. One checkpoint
+    is written at a time.
+
+    Args:
+        directory: of the run's checkpoints.
+        key: of `envelope.open_key`, on the first rank.
+        keep, keep_every: as of `envelope.retain`.
+    """
+
+    def __init__(self, directory: Path, key: bytes, keep: int, keep_every: int | None) -> None:
+        self.directory, self.key, self.keep, self.keep_every = directory, key, keep, keep_every
+        self.group = dist.new_group(backend="gloo") if num_ranks() > 1 else None
+        pin = torch.cuda.is_available()
+        options = staging.StagingOptions(
+            use_pinned_memory=pin, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pin
+        )
+        self.stager = staging.DefaultStager(options)
+        self.pending: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        content: dict[str, Any],
+        is_logged: bool = True,
+    ) -> None:
+        """Begin to write a step that has no checkpoint yet.
+
+        Args:
+            content: JSON: what a run needs to go on.
+            is_logged: whether the records of the run until then are on the disk; if not, this fails.
+        """
+        assert self.pending is None, "`wait` comes first"
+        reached("staging", step)
+        state = {**trained_state(model, optimizer), "generators": generators()}
+        staged = self.stager.stage(state)
+        assert isinstance(staged, dict)
+        pending: Future[None] = Future()
+        self.pending = pending
+
+        def work() -> None:
+            try:
+                self.write(step, staged, content, is_logged)
+            except BaseException as error:
+                pending.set_exception(error)
+            else:
+                pending.set_result(None)
+
+        # A pool's thread would be waited for at the end, also where it waits for a rank that is lost.
+        threading.Thread(target=work, name="checkpoint", daemon=True).start()
+
+    def wait(self) -> OSError | None:
+        """Until nothing is being written any more; returns what was in the way, the same on every rank."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        """Where the run ends by an error, one process finishes its writing; several might wait in vain."""
+        if self.pending is not None and num_ranks() == 1:
+            self.pending.exception()
+        self.stager.close()
+
+    def write(self, step: int, state: dict[str, Any], content: dict[str, Any], is_logged: bool) -> None:
+        """In the thread. Room is made by deleting older checkpoints, never the newest."""
+        temporary = envelope.partial_path(self.directory, step)
+
+        def begin() -> None:
+            if not is_logged:
+                raise OSError(errno.EIO, "its rows are not in metrics.jsonl yet")
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            envelope.make_room(self.directory, state_bytes(state))
+            temporary.mkdir(parents=True)
+
+        self.first(begin)
+        writer = filesystem.FileSystemWriter(temporary)
+        writer.fs = files = HashedFiles(step)
+        try:
+            state_dict_saver.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+        except CheckpointException as error:
+            causes = {number: cause for number, (cause, _) in error.failures.items()}
+            failed = {number: cause for number, cause in causes.items() if isinstance(cause, OSError)}
+            if len(failed) < len(causes):
                 raise
-            raise UserError(f"{path} is no checkpoint of ours, and is not loaded: delete it") from error
-    return record
+            number, cause = next(iter(failed.items()))
+            self.first(lambda: shutil.rmtree(temporary))
+            raise OSError(cause.errno, f"{cause.strerror} (rank {number})") from error
+
+        own = {name: file.digest.hexdigest() for name, file in files.written.items() if name.endswith(".distcp")}
+        parts: list[dict[str, str]] = [own]
+        if self.group is not None:
+            parts *= num_ranks()
+            dist.all_gather_object(parts, own, group=self.group)
+
+        def finish() -> None:
+            digests = {".metadata": sha256_file(temporary / ".metadata")}
+            for part in parts:
+                digests |= part
+            try:
+                envelope.commit(self.directory, step, digests, content, self.key)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            envelope.retain(self.directory, self.keep, self.keep_every)
+
+        self.first(finish)
+
+    def first(self, function: Callable[[], None]) -> None:
+        """Run it on the first rank, and raise there and elsewhere the OSError that it raises."""
+        outcome: list[tuple[int, str] | None] = [None]
+        if is_first():
+            try:
+                function()
+            except OSError as error:
+                outcome = [(error.errno or 0, error.strerror or str(error))]
+        if self.group is not None:
+            dist.broadcast_object_list(outcome, group=self.group)
+        if outcome[0] is not None:
+            raise OSError(*outcome[0])
 
 
-def check_files(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint whose files are those that it lists, and no others.
+def checkpoint_bytes(model: Transformer) -> int:
+    """What a checkpoint of this model takes, but for headers: trained parameters and two moments of each."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def state_bytes(state: Any) -> int:
+    """What the tensors of a state take in a checkpoint, over all ranks, with 2 KiB for each one's header and index."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size() + 2048
+    return sum(map(state_bytes, state.values()))
+
+
+def load(directory: Path, key: bytes, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Restore in place from the newest checkpoint that is whole, and return its record; None: there is none.
+
+    What is damaged is set aside with a line that names the file, and the checkpoint before is taken.
+
+    Args:
+        key: of `envelope.open_key`, on the first rank.
 
     Raises:
-        UserError: they are not.
+        UserError: every checkpoint is damaged, or a file asks for code to be run.
     """
-    record = read_record(path / RECORD_NAME, "flexpert.checkpoint")
-    files = require(record, "files", dict, path / RECORD_NAME)
-    remedy = f"delete {path} to resume from the step before"
-    for name in sorted({file.name for file in path.iterdir()} - {RECORD_NAME} - files.keys()):
-        raise UserError(f"{path / name} is not listed in {RECORD_NAME}: {remedy}")
-    for name, digest in files.items():
-        if not (path / name).is_file() or sha256_file(path / name) != digest:
-            raise UserError(f"{path / name} is missing or altered: {remedy}")
-    return record
+    aside: list[str] = []
+    while saved := on_first(lambda: envelope.steps(directory)):
+        record, damage = check(directory, saved[-1], key)
+        if record is not None:
+            fill(envelope.step_path(directory, saved[-1]), model, optimizer)
+            return record
+        to = on_first(lambda: envelope.set_aside(directory, saved[-1]))
+        aside.append(f"{damage}; it is now in {to}")
+        print(f"warning: {aside[-1]}; the checkpoint before it is taken", flush=True)
+    if aside:
+        raise UserError(f"no checkpoint in {directory} is whole: {aside[0]}; to begin anew, choose another output_dir")
+    if on_first(lambda: any(directory.glob("damaged-*"))):
+        raise UserError(f"{directory} holds damaged checkpoints alone: to begin anew, choose another output_dir")
+    return None
+
+
+def check(directory: Path, step: int, key: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The record of a step, or None and what is wrong; every rank hashes some of the files, which may be large."""
+
+    def read() -> tuple[dict[str, Any] | None, str]:
+        try:
+            return envelope.read_checked(directory, step, key), ""
+        except Damaged as error:
+            return None, str(error)
+
+    record, damage = on_first(read)
+    if record is None:
+        return None, damage
+    path, names = envelope.step_path(directory, step), list(record["files"])[rank() :: num_ranks()]
+    damaged: list[list[str]] = [envelope.damaged_files(path, {name: record["files"][name] for name in names})]
+    if num_ranks() > 1:
+        own, damaged = damaged[0], [[]] * num_ranks()
+        dist.all_gather_object(damaged, own)
+    for name in sorted(name for part in damaged for name in part):
+        return None, f"{path / name} was altered since it was written"
+    return record, ""
+
+
+def fill(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Restore in place from a step directory that was checked.
+
+    Raises:
+        UserError: a file asks for code to be run.
+    """
+    state = trained_state(model, optimizer)
+    try:
+        reader = Reader(path)
+        own = generators()
+        if all(f"generators.{name}" in reader.read_metadata().state_dict_metadata for name in own):
+            state["generators"] = own  # on another layout they begin anew
+        alone = not dist.is_initialized()
+        state_dict_loader.load(state, storage_reader=reader, no_dist=alone)
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        if not any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
+            raise
+        raise UserError(f"{path} is no checkpoint of ours, and is not loaded: delete it") from error
+    if "generators" in state:
+        set_generators(state["generators"])
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -174,12 +389,8 @@ class Reader(filesystem.FileSystemReader):
             self._metadata: metadata.Metadata = MetadataUnpickler(file).load()
         if not isinstance(self._metadata, metadata.Metadata):
             raise pickle.UnpicklingError("it holds no metadata")
+        if not all(envelope.FILE_NAME.fullmatch(info.relative_path) for info in self._metadata.storage_data.values()):
+            raise pickle.UnpicklingError("it names files that are none of a checkpoint's")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         return self._metadata
-
-
-def retain(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for step in steps(directory)[:-keep]:
-        shutil.rmtree(directory / f"step-{step:09d}")

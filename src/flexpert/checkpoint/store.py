@@ -10,17 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flexpert.errors import UserError
+from flexpert.testing import reached
 
 
 def fsync_tree(directory: Path) -> None:
     """Flush every file and directory below `directory` to the disk."""
     for folder, _, files in os.walk(directory):
         for name in [*files, "."]:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync_path(os.path.join(folder, name))
+
+
+def fsync_path(path: str | Path) -> None:
+    """Flush one file, or the names in one directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -50,15 +56,12 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         fsync_tree(temporary)
+        reached("publish")
         os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(final.parent)
 
 
 def _alive(process_id: int) -> bool:

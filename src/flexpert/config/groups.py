@@ -256,6 +256,17 @@ class TrainConfig(Lockable):
     loss_chunk_tokens: int = opt(1024, "tokens whose logits are held at one time")
     evaluation_interval: int | None = opt(None, "steps between two evaluations on the valid split; null: none")
     evaluation_sequences: int = opt(64, "sequences of one such evaluation")
+    spike_threshold: float | None = opt(
+        10.0,
+        "a step is skipped where its loss or gradient norm is so many robust standard deviations above those of the "
+        "steps before; null: only where it is not finite",
+    )
+    max_skipped: int = opt(20, "skipped steps in a row after which the run stops, with a checkpoint")
+    step_timeout: float | None = opt(
+        None,
+        "seconds that a step may take, with compiling, evaluation and saving; a process that takes longer prints where "
+        "each of its threads is and ends; null: no limit",
+    )
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     compile: str = opt(
         "auto",
@@ -274,6 +285,7 @@ class TrainConfig(Lockable):
         check_choice("train.compile", self.compile, ("auto", "true", "false"))
         check_positive("train", self, "steps", "tokens", "batch_tokens", "sequence_length", "microbatch_sequences")
         check_positive("train", self, "loss_chunk_tokens", "evaluation_interval", "evaluation_sequences")
+        check_positive("train", self, "spike_threshold", "max_skipped", "step_timeout")
         check_not_negative("train", self, "z_loss", "router_z_loss")
         require((self.steps is None) != (self.tokens is None), "give exactly one of train.steps and train.tokens")
         require(
@@ -301,10 +313,11 @@ class TrainConfig(Lockable):
 @dataclass
 class CheckpointConfig(Lockable):
     interval: int | None = opt(500, "steps between two training checkpoints; null: none")
-    keep: int = opt(2, "newest checkpoints that are kept")
+    keep: int = opt(2, "newest checkpoints that are kept; where the disk is too full for the next one, fewer")
+    keep_every: int | None = opt(None, "also keep the checkpoints of steps that divide by this; null: none")
 
     def check(self) -> None:
-        check_positive("checkpoint", self, "interval", "keep")
+        check_positive("checkpoint", self, "interval", "keep", "keep_every")
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexpert.data.indexed import IndexedTokens
+from flexpert.data.indexed import IndexedFile, IndexedTokens, TokenFile
 from flexpert.errors import UserError
 from flexpert.records import read_record, sha256_file
 
@@ -117,21 +117,44 @@ class TokenWindows:
 
         A token t that carries no loss as a target is given as ~t, which is negative; `targets_of` takes them apart.
         """
-        positions = np.arange(start, start + count, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, self.num_sequences)
         rows = np.empty((count, self.length + 1), np.int64)
-        for epoch in np.unique(epochs):
-            chosen = np.flatnonzero(epochs == epoch)
-            indices = permuted(offsets[chosen], self.num_sequences, self.seed, int(epoch))
-            for row, index in zip(chosen, indices, strict=True):
-                rows[row] = self.sequence(int(index))
+        for row, index in enumerate(self.indices(start, count)):
+            rows[row] = self.sequence(int(index))
         return torch.from_numpy(rows)
+
+    def indices(self, start: int, count: int) -> NDArray[np.int64]:
+        """Which sequences of the split are at these positions."""
+        epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), self.num_sequences)
+        indices = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = permuted(offsets[epochs == epoch], self.num_sequences, self.seed, int(epoch))
+        return indices
+
+    def origins(self, start: int, count: int) -> list[str]:
+        """Where the sequences at these positions come from: their documents, as numbered in their file, from 0.
+
+        Raw files do not say where documents begin: there it is tokens.
+        """
+        found = []
+        for index in self.indices(start, count).tolist():
+            part, window = self.place(index)
+            name = getattr(part.tokens, "filename", self.directory)
+            if isinstance(part, IndexedFile):
+                what, numbers = "documents", [part.document_of(token) for token in (window.start, window.stop - 1)]
+            else:
+                what, numbers = "tokens", [window.start, window.stop - 1]
+            found.append(f"{name} {what} {numbers[0]}-{numbers[1]}")
+        return found
+
+    def place(self, index: int) -> tuple[TokenFile, slice]:
+        """The file and the tokens of sequence `index` of the split."""
+        number = int(np.searchsorted(self.first_sequences, index, "right")) - 1
+        first = (index - int(self.first_sequences[number])) * self.length
+        return self.source.parts[number], slice(first, first + self.length + 1)
 
     def sequence(self, index: int) -> NDArray[np.int64]:
         """Sequence `index` of the split in the order of its files."""
-        number = int(np.searchsorted(self.first_sequences, index, "right")) - 1
-        part, place = self.source.parts[number], index - int(self.first_sequences[number])
-        window = slice(place * self.length, (place + 1) * self.length + 1)
+        part, window = self.place(index)
         tokens = part.tokens[window].astype(np.int64)
         if self.loss_mask and part.mask is not None:
             tokens = np.where(part.mask[window] == 0, ~tokens, tokens)

@@ -8,6 +8,7 @@ files. It is read here directly because importing megatron-core costs five secon
 """
 
 import struct
+from bisect import bisect_right
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -183,6 +184,9 @@ class IndexedFile(TokenFile):
         if not 0 <= start <= end <= len(self.tokens):
             raise self.damaged()
         return start, end
+
+    def document_of(self, token: int) -> int:
+        return bisect_right(range(self.num_documents), token, key=lambda index: self.span(index)[0]) - 1
 
 
 class RawFile(TokenFile):

@@ -43,6 +43,15 @@ class MixedWindows:
         rows[~from_second] = self.first.sequences(start - taken, count - num_second)
         return rows
 
+    def origins(self, start: int, count: int) -> list[str]:
+        """As `TokenWindows.origins`."""
+        first = int(np.floor(start * self.share)), int(np.floor((start + count) * self.share))
+        num_second = first[1] - first[0]
+        return [
+            *self.first.origins(start - first[0], count - num_second),
+            *self.second.origins(first[0], num_second),
+        ]
+
     def num_taken(self, count: int) -> list[int]:
         """How many of the first `count` sequences come from each source, mixtures taken apart."""
         from_second = int(np.floor(count * self.share))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexpert.data.dataset import TokenWindows
 from flexpert.data.mixture import MixedWindows
+from flexpert.testing import reached
 
 
 class Prefetch:
@@ -40,6 +41,7 @@ class Prefetch:
         self.ahead: dict[int, Future[Tensor]] = {}  # of the next step, if it was begun
 
     def read(self, step: int) -> Tensor:
+        reached("data", step + 1)
         sequences = self.windows.sequences(step * self.batch_sequences + self.offset, self.count)
         return sequences.pin_memory() if self.pin else sequences
 

@@ -15,6 +15,7 @@ from typing import IO
 from flexpert.config.groups import LauncherConfig
 from flexpert.launch.graph import Node
 from flexpert.launch.walk import Ended
+from flexpert.signals import Stopped
 
 #: `expert DIRECTORY  step 40/200  …`, as training prints it, or `evaluate DIRECTORY  scoring …`.
 PROGRESS = re.compile(r"^(\w+) .*  ((?:step|scoring) .*)\n", re.MULTILINE)
@@ -29,8 +30,8 @@ LAUNCHER = os.getpid()
 def end_with_launcher() -> None:
     """In the child, before it becomes the stage: have the kernel send SIGTERM when the launcher dies, also by SIGKILL.
 
-    Between fork and exec only the forking thread is left, and a lock that another held stays locked for ever. The
-    launcher has one thread, so this function is safe; it makes system calls and nothing else.
+    Between fork and exec only the forking thread is left, and a lock that another held stays locked for ever. The one
+    other thread here, which beats for the directory, holds none; and this function makes system calls and nothing else.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != LAUNCHER:  # it died before the call
@@ -112,7 +113,7 @@ class LocalLauncher:
         try:
             for job in self.jobs:
                 job.process.wait()
-        except KeyboardInterrupt:
+        except Stopped:
             for job in self.jobs:
                 job.process.kill()
         over, self.jobs = self.jobs, []

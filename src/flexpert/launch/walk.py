@@ -80,7 +80,7 @@ class Walk:
         Raises:
             UserError: an output was made from other inputs than it would be now.
             StageFailed: a stage failed; the others that could run have.
-            KeyboardInterrupt, SystemExit: interrupted; running stages were stopped and will go on in the next run.
+            Stopped: told to stop; running stages were stopped and will go on in the next run.
         """
         self.tell_complete()
         try:

@@ -1,19 +1,35 @@
 """Weights & Biases, as a copy of `metrics.jsonl`: offline unless a key is set, and no more than an allowlist leaves."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
+import queue
+import re
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
+from flexpert.monitor.jsonl import print_anyway
 
 #: Groups and keys whose numbers and switches W&B may see. Paths, titles, prompts and anything new stay here.
 ALLOWED_GROUPS = ("model.", "optim.", "train.")
 ALLOWED_KEYS = ("router.bias", "seed")
 #: Keys whose text it may see: choices and the expert's id.
 ALLOWED_TEXT = ("optim.schedule", "train.device", "router.init", "name")
+
+#: Seconds that W&B may take to reach its server, and for all of its start.
+INIT_SECONDS, START_SECONDS = 30.0, 60.0
+#: Seconds for what is not yet uploaded when a run ends, and to end after its process was killed.
+FINISH_SECONDS, END_SECONDS = 30.0, 5.0
+#: Rows that W&B may be behind: minutes at the least, for it takes thousands a second.
+MAX_ROWS = 1000
+#: What its client says where a server has understood and refused, as it does for a key that is not valid.
+REFUSED = re.compile(r"returned error 4\d\d")
+ADVICE = "; monitor.wandb=offline goes on without its server"
 
 
 def is_allowed(key: str, value: Any) -> bool:
@@ -50,6 +66,10 @@ def run_id(output: Path, resolved: str) -> str:
     return hashlib.sha256(f"{output.resolve()}\n{resolved}".encode()).hexdigest()[:16]
 
 
+class UnreachableError(UserError):
+    """W&B's server does not answer, or with an error of its own."""
+
+
 def start_run(
     config: MonitorConfig, mode: str, stage: str, output: Path, flat: dict[str, Any], identity: str | None = None
 ) -> Any:
@@ -62,16 +82,23 @@ def start_run(
         output: the stage's directory; W&B's files go below it.
         flat: the whole config; filtered here.
         identity: of `run_id`; None: that of the config.
+
+    Raises:
+        UserError: the key is missing, malformed or refused, or the run is.
+        UnreachableError: the server did not answer within `INIT_SECONDS`.
     """
+    # Reports of W&B's own errors, which it sends to its server from an offline run, too.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    os.environ.setdefault("WANDB_SILENT", "true")
     settings = wandb.Settings(
         console="off",
         host="-",  # left out, it is this machine's name
         disable_git=True,
         disable_code=True,
         disable_job_creation=True,
+        init_timeout=INIT_SECONDS,
         x_disable_meta=True,
         x_disable_machine_info=True,
         x_disable_stats=True,
@@ -81,7 +108,7 @@ def start_run(
     try:
         return wandb.init(
             mode="online" if mode == "online" else "offline",
-            id=identity or run_id(output, repr(sorted(allowed_config(flat).items()))),
+            id=identity or default_id(output, flat),
             resume="allow" if mode == "online" else None,
             project=config.project,
             entity=config.entity,
@@ -92,21 +119,130 @@ def start_run(
             config=allowed_config(flat),
             settings=settings,
         )
-    except wandb.errors.Error as error:  # a key that is missing or refused, a server that is not there
+    except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"W&B: {reason}; monitor.wandb=offline goes on without its server") from None
+        is_refused = isinstance(error, (wandb.errors.UsageError, wandb.errors.AuthenticationError))
+        kind = UserError if is_refused or REFUSED.search(reason) else UnreachableError
+        raise kind(f"W&B: {reason}{ADVICE}") from None
+
+
+def default_id(output: Path, flat: dict[str, Any]) -> str:
+    return run_id(output, repr(sorted(allowed_config(flat).items())))
 
 
 class WandbRun:
-    """The run of a stage that trains; arguments as those of `start_run`."""
+    """The run of a stage that trains.
 
-    def __init__(self, config: MonitorConfig, mode: str, stage: str, output: Path, flat: dict[str, Any]) -> None:
-        self.run = start_run(config, mode, stage, output, flat)
-        self.run.define_metric("*", step_metric="tokens")
+    W&B never ends or holds up the training. Its calls are made by a thread of their own, and whoever waits for that
+    waits for a limited time. At the first error, or where its process is dead or stands still, one line says so, the
+    process is killed, and the rest of the run goes without it. A server that cannot be reached when the run begins
+    makes it an offline one.
+
+    Args:
+        config, mode, stage, output, flat: as of `start_run`.
+        identity: of the run, as a checkpoint has it, so that a run that was moved goes on under it; None: see `run_id`.
+
+    Attributes:
+        id: the identity.
+
+    Raises:
+        UserError: the key is missing, malformed or refused.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        mode: str,
+        stage: str,
+        output: Path,
+        flat: dict[str, Any],
+        identity: str | None = None,
+    ) -> None:
+        self.id = identity or default_id(output, flat)
+        self.config, self.stage, self.output, self.flat = config, stage, output, flat
+        #: Rows, and at the end the exit code.
+        self.rows: queue.Queue[dict[str, Any] | int] = queue.Queue(MAX_ROWS)
+        self.error: Exception | None = None  # that ended the thread
+        self.is_left = False
+        self.started = threading.Event()
+        self.thread = threading.Thread(target=self.work, args=(mode,), name="wandb", daemon=True)
+        self.thread.start()
+        if not self.started.wait(START_SECONDS):
+            self.leave(f"did not start within {START_SECONDS:.0f} s")
+        elif isinstance(self.error, UserError) and not isinstance(self.error, UnreachableError):
+            raise self.error
+        elif self.error is not None:
+            self.leave(f"did not start ({describe(self.error)})")
 
     def log(self, row: dict[str, Any]) -> None:
-        self.run.log(row, step=row["step"])
+        """Pass a row of metrics on; it must not change any more."""
+        if self.is_left:
+            return
+        if self.error is not None:
+            self.leave(f"ended ({describe(self.error)})")
+            return
+        try:
+            self.rows.put_nowait(row)
+        except queue.Full:
+            self.leave(f"has not taken {MAX_ROWS} rows")
 
     def close(self, failed: bool = False) -> None:
         """W&B shows a run as finished or, with an exit code other than 0, as failed."""
-        self.run.finish(exit_code=int(failed))
+        if self.is_left:
+            return
+        with contextlib.suppress(queue.Full):
+            self.rows.put_nowait(int(failed))
+        self.thread.join(FINISH_SECONDS)
+        if self.error is not None:
+            self.leave(f"ended ({describe(self.error)})")
+        elif self.thread.is_alive():
+            self.leave(f"did not finish within {FINISH_SECONDS:.0f} s")
+
+    def leave(self, what: str) -> None:
+        self.is_left = True
+        print_anyway(f"note: W&B {what}: the run goes on without it, metrics.jsonl has every row")
+        kill_service()  # which ends what the thread waits for
+        self.thread.join(END_SECONDS)
+
+    def work(self, mode: str) -> None:
+        """All that W&B does, in the thread."""
+        try:
+            run = self.start(mode)
+            run.define_metric("*", step_metric="tokens")
+            self.started.set()
+            while isinstance(row := self.rows.get(), dict):
+                run.log(row, step=row["step"])
+            run.finish(exit_code=row)
+        except Exception as error:
+            kill_service()
+            self.error = error
+        finally:
+            # Otherwise it does this when the process ends, without a limit of time and with a traceback.
+            with contextlib.suppress(Exception, SystemExit):
+                import wandb
+
+                wandb.teardown()
+            self.started.set()
+
+    def start(self, mode: str) -> Any:
+        try:
+            return start_run(self.config, mode, self.stage, self.output, self.flat, self.id)
+        except UnreachableError as error:
+            if mode == "offline":
+                raise
+            later = f"`wandb sync {self.output / 'wandb'}/offline-run-*` uploads it"
+            print_anyway(f"note: {describe(error)}: this run is recorded offline, and {later}")
+            return start_run(self.config, "offline", self.stage, self.output, self.flat, self.id)
+
+
+def describe(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].removesuffix(ADVICE)
+
+
+def kill_service() -> None:
+    """Kill W&B's processes that this one has started."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text(encoding="ascii").split():
+            with contextlib.suppress(OSError):  # it has ended
+                if Path(f"/proc/{child}/comm").read_text(encoding="utf-8") == "wandb-core\n":
+                    os.kill(int(child), signal.SIGKILL)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from flexpert.errors import UserError
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
-from flexpert.parallel.pulse import BEAT, GRACE, LOST_RANK, SILENCE, Pulse
+from flexpert.parallel.pulse import BEAT, GRACE, SILENCE, Pulse
+from flexpert.signals import REQUEUE, Stopped
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ def among_ranks() -> Iterator[None]:
     lost, that is said instead.
 
     Raises:
-        SystemExit: status `LOST_RANK`, where another rank was lost.
+        SystemExit: status `LOST_RANK`, where another rank was lost, or `REQUEUE`, where it was told to stop.
     """
     try:
         yield
@@ -84,14 +85,16 @@ def among_ranks() -> Iterator[None]:
         if _pulse is not None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             patience = 0.0
+            if isinstance(error, Stopped):
+                _pulse.tell("it was told to stop", REQUEUE)
+                time.sleep(3 * BEAT)  # rank 0 may be where the others read it
+                raise
             if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in reason):
                 patience = SILENCE + GRACE
-            elif isinstance(error, SystemExit):  # SIGTERM: torchrun ends all when one has ended
-                patience = 3 * BEAT
             if _pulse.found.wait(patience) and _pulse.lost is not None:
                 _pulse.over.set()
                 _pulse.say(_pulse.lost)
-                raise SystemExit(LOST_RANK) from None
+                raise SystemExit(_pulse.status) from None
             _pulse.tell(reason)
         raise
     leave_ranks()

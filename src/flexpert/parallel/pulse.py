@@ -36,6 +36,7 @@ class Pulse(threading.Thread):
         self.watched = [other for other in (range(num_ranks) if rank == 0 else [0]) if other != rank]
         self.counts: dict[int, tuple[bytes, float]] = {}  # of a watched rank, its last beat and when it was new
         self.lost: str | None = None
+        self.status = LOST_RANK  # to end with
         self.found = threading.Event()  # there is a lost rank
         self.over = threading.Event()
         self.store.set(f"where/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
@@ -55,13 +56,15 @@ class Pulse(threading.Thread):
                 self.found.set()
                 if not self.over.wait(GRACE):
                     self.say(lost)
-                    os._exit(LOST_RANK)
+                    os._exit(self.status)
                 return
 
     def look(self) -> str | None:
         """Which rank is lost; None: as far as this one sees, none."""
         if self.store.check(["lost"]):
-            return self.store.get("lost").decode()
+            status, _, lost = self.store.get("lost").decode().partition(" ")
+            self.status = int(status)
+            return lost
         now = time.monotonic()
         for other in self.watched:
             count = self.store.get(f"pulse/{other}") if self.store.check([f"pulse/{other}"]) else b""
@@ -70,7 +73,7 @@ class Pulse(threading.Thread):
             silent = now - self.counts[other][1] > SILENCE
             if silent or self.store.check([f"ended/{other}"]):
                 lost = self.describe(other)
-                self.store.set("lost", lost)
+                self.store.set("lost", f"{self.status} {lost}")
                 return lost
         return None
 
@@ -78,7 +81,9 @@ class Pulse(threading.Thread):
         where = self.store.get(f"where/{other}").decode() if self.store.check([f"where/{other}"]) else "never seen"
         lost = f"rank {other} of {self.num_ranks} ({where})"
         if self.store.check([f"ended/{other}"]):
-            return f"{lost} has ended: {self.store.get(f'ended/{other}').decode()}"
+            status, _, reason = self.store.get(f"ended/{other}").decode().partition(" ")
+            self.status = int(status)
+            return f"{lost} has ended: {reason}"
         return f"{lost} has ended, or has not answered for {SILENCE:.0f} s"
 
     def say(self, lost: str) -> None:
@@ -86,11 +91,11 @@ class Pulse(threading.Thread):
         if self.rank == int(lost.startswith("rank 0 ")):
             print(f"flexpert: {lost}; start the stage again, it goes on", file=sys.stderr, flush=True)
 
-    def tell(self, reason: str) -> None:
-        """That this rank ends by an error."""
+    def tell(self, reason: str, status: int = LOST_RANK) -> None:
+        """That this rank ends by an error, and with which status the others shall."""
         self.over.set()
         with contextlib.suppress(RuntimeError):
-            self.store.set(f"ended/{self.rank}", reason)
+            self.store.set(f"ended/{self.rank}", f"{status} {reason}")
 
     def stop(self) -> None:
         self.over.set()

@@ -55,6 +55,15 @@ class Ranks:
             value = all_reduce(value, self.meshes.dense.get_group("tp"))
         return value
 
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether some rank has it."""
+        if self.meshes is None:
+            return list(flags)
+        device = self.meshes.dense.device_type
+        value = torch.tensor(flags, dtype=torch.int32, device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in value.tolist()]
+
     def collect(self, found: dict[int, T]) -> dict[int, T]:
         """What ranks with other sequences have found, together."""
         if self.meshes is None:

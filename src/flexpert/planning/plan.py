@@ -9,8 +9,9 @@ from rich.table import Table
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import PlanConfig
 from flexpert.errors import UserError
+from flexpert.planning.goodput import HOURS_BETWEEN_FAILURES, checkpoint_bytes, saving_of
 from flexpert.planning.job import Job, jobs_of
-from flexpert.planning.memory import FULL, HALF
+from flexpert.planning.memory import HALF
 from flexpert.planning.search import GIB, Choice, choices_of
 
 
@@ -40,6 +41,7 @@ def run(config: PlanConfig, resolved: str) -> None:
     ]
     for table in tables:
         console.print(table)
+    console.print(checkpoint_line(best, config) + "\n")
     console.print(
         f"Assumed, and measured by no run on such a cluster: GPUs compute at {config.mfu:.0%} of their peak (mfu), and "
         f"links carry {config.link_share:.0%} of their rate (link_share). Times are without evaluation, checkpoints, "
@@ -142,6 +144,21 @@ def layout_table(choices: list[list[Choice]], config: PlanConfig) -> Table:
     return table_of(f"layouts that fit ({found}), best first", columns, rows)
 
 
+def checkpoint_line(best: list[Choice], config: PlanConfig) -> str:
+    """How often each stage is best saved, and the share of its time that then trains."""
+    parts = []
+    for choice in best:
+        saving = saving_of(choice, config)
+        interval = saving.best_interval()
+        parts.append(
+            f"{interval} of {choice.job.stage} ({seconds(interval * saving.step)} s, {saving.goodput(interval):.1%})"
+        )
+    return (
+        f"checkpoint.interval that loses least where a run fails every {HOURS_BETWEEN_FAILURES:g} h (seconds of "
+        f"training, share of the time that trains): {', '.join(parts)}"
+    )
+
+
 def model_bytes(model: ModelConfig) -> int:
     """The weights of a model directory, in bf16."""
     return HALF * model.num_params()
@@ -156,8 +173,7 @@ def file_table(best: list[Choice], config: PlanConfig) -> Table:
     """What is read and written, and how long the file system takes to write it."""
     files = []
     for choice in best:
-        # A trained parameter and its two moments, in fp32; what is frozen is not saved again.
-        files.append((f"checkpoint of {choice.job.stage}", 0, 3 * FULL * choice.job.num_trained()))
+        files.append((f"checkpoint of {choice.job.stage}", 0, checkpoint_bytes(choice.job)))
         if choice.job.stage == "pretrain":
             files.append(("public model", 0, model_bytes(choice.job.model)))
         if choice.job.stage == "expert":

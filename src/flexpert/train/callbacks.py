@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexpert.checkpoint import distributed
-from flexpert.config.groups import MonitorConfig
+from flexpert.checkpoint.distributed import Saver
+from flexpert.config.groups import CheckpointConfig, MonitorConfig
 from flexpert.data.dataset import TokenWindows
+from flexpert.errors import UserError
 from flexpert.model.flops import flops_per_token
 from flexpert.monitor.devices import peak_flops
 from flexpert.monitor.jsonl import MetricsLog
 from flexpert.monitor.progress import TrainingProgress
 from flexpert.monitor.wandb import WandbRun, wandb_mode
 from flexpert.parallel.apply import reshard
-from flexpert.parallel.environment import is_first, num_ranks
+from flexpert.parallel.environment import num_ranks
+from flexpert.signals import requested
 from flexpert.stage import comparable
+from flexpert.testing import reached
 from flexpert.train.compilation import eagerly
 
 if TYPE_CHECKING:
@@ -54,23 +57,36 @@ class ValidLoss(Callback):
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
         if trainer.step % self.interval and trainer.step != trainer.num_steps:
             return
+        with eagerly(trainer.compiled), torch.no_grad():
+            sums = self.sums(trainer)
+        reshard(trainer.model)
+        if not trainer.stopping:
+            total, num_targets = trainer.ranks.sum(sums).tolist()
+            row["valid_loss"] = total / num_targets if num_targets else math.nan
+        else:
+            trainer.unfinished = row
+
+    def sums(self, trainer: "Trainer") -> torch.Tensor:
+        """Negative log-likelihood and targets of this rank's sequences, float64 [2]; cut short where the run stops."""
         index, number = trainer.ranks.share
         size = trainer.config.train.microbatch_sequences
-        sums = torch.zeros(2, dtype=torch.double, device=trainer.device)  # negative log-likelihood, targets
-        with torch.no_grad(), eagerly(trainer.compiled):
-            for start in range(0, self.num_sequences, size * number):
-                first, left = start + index * size, self.num_sequences - start
-                if number == 1:
-                    sequences = self.windows.sequences(first, min(size, left))
-                else:  # every rank has as many, for layers are computed together; what is too many does not count
-                    sequences = self.windows.sequences(first, size)
-                    is_extra = (torch.arange(first, first + size) >= self.num_sequences)[:, None]
-                    sequences = torch.where(is_extra & (sequences >= 0), ~sequences, sequences)
-                sums[0] += trainer.losses(sequences).nll
-                sums[1] += (sequences[:, 1:] >= 0).sum()  # a negative id marks one that is not predicted
-        reshard(trainer.model)
-        total, num_targets = trainer.ranks.sum(sums).tolist()
-        row["valid_loss"] = total / num_targets if num_targets else math.nan
+        sums = torch.zeros(2, dtype=torch.double, device=trainer.device)
+        for start in range(0, self.num_sequences, size * number):
+            reached("evaluation", trainer.step)
+            (stopping,) = trainer.ranks.any(trainer.stopping or requested())
+            if stopping:
+                trainer.stopping = True
+                break
+            first, left = start + index * size, self.num_sequences - start
+            if number == 1:
+                sequences = self.windows.sequences(first, min(size, left))
+            else:  # every rank has as many, for layers are computed together; what is too many does not count
+                sequences = self.windows.sequences(first, size)
+                is_extra = (torch.arange(first, first + size) >= self.num_sequences)[:, None]
+                sequences = torch.where(is_extra & (sequences >= 0), ~sequences, sequences)
+            sums[0] += trainer.losses(sequences).nll
+            sums[1] += (sequences[:, 1:] >= 0).sum()  # a negative id marks one that is not predicted
+        return sums
 
 
 class Utilisation(Callback):
@@ -89,46 +105,93 @@ class Utilisation(Callback):
 
 
 class Records(Callback):
-    """`metrics.jsonl`, W&B and the terminal, from the same row."""
+    """`metrics.jsonl`, W&B and the terminal, from the same row; and `skipped.jsonl`, of steps that were not taken."""
 
     def __init__(self, stage: str, output: Path, config: MonitorConfig, resolved: str) -> None:
         self.stage, self.output, self.config, self.resolved = stage, output, config, resolved
         self.mode = wandb_mode(config)
 
     def before_run(self, trainer: "Trainer") -> None:
-        self.log = MetricsLog(self.output / "metrics.jsonl", trainer.step)
+        last_step = trainer.step if trainer.unfinished is None else trainer.step - 1
+        self.log = MetricsLog(self.output / "metrics.jsonl", last_step)
+        path = self.output / "skipped.jsonl"
+        self.skipped = MetricsLog(path, last_step) if path.exists() else None
         flat = comparable(self.resolved)
-        self.wandb = WandbRun(self.config, self.mode, self.stage, self.output, flat) if self.mode != "off" else None
+        self.wandb = None
+        if self.mode != "off":
+            self.wandb = WandbRun(self.config, self.mode, self.stage, self.output, flat, trainer.wandb_id)
+            trainer.wandb_id = self.wandb.id
         title = f"{self.stage} {self.output}"
         self.progress = TrainingProgress(title, trainer.step, trainer.num_steps, self.config.log_interval)
 
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
+        if trainer.unfinished is not None:  # it is written when the run goes on
+            return
+        if (reason := row.pop("objection", None)) is not None:
+            self.tell_skipped(trainer, reason)
         finite = {key: v if v is not None and math.isfinite(v) else None for key, v in row.items()}
         self.log.write(finite)
         if self.wandb is not None:
             self.wandb.log(finite)
         self.progress.update(row)
 
+    def tell_skipped(self, trainer: "Trainer", reason: str) -> None:
+        count = trainer.config.train.batch_sequences
+        origins = trainer.windows.origins((trainer.step - 1) * count, count)
+        self.skipped = self.skipped or MetricsLog(self.output / "skipped.jsonl", trainer.step - 1)
+        self.skipped.write({"step": trainer.step, "reason": reason, "sequences": origins})
+        where = f"{origins[0]} and {count - 1} more sequences, in {self.output / 'skipped.jsonl'}"
+        print(f"step {trainer.step}: {reason}; the step is skipped ({where})", flush=True)
+
+    def sync(self) -> bool:
+        """Whether all rows are on the disk."""
+        return all(log.sync() for log in (self.log, self.skipped) if log is not None)
+
     def after_run(self, trainer: "Trainer", failed: bool) -> None:
         self.log.close()
+        if self.skipped is not None:
+            self.skipped.close()
         self.progress.close()
         if self.wandb is not None:
             self.wandb.close(failed)
 
 
 class Checkpoints(Callback):
-    """Save every `interval` steps and after the last, keep the `keep` newest."""
+    """Save every `interval` steps, after the last, and before the run ends for another reason.
 
-    def __init__(self, directory: Path, interval: int, keep: int) -> None:
-        self.directory, self.interval, self.keep = directory, interval, keep
+    A checkpoint that cannot be written costs the run nothing but that; only the last one has to be.
+
+    Args:
+        directory: of the checkpoints.
+        config: the group `checkpoint`.
+        records: on the first rank; no checkpoint stands for rows that are not on the disk.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, records: Records | None) -> None:
+        self.directory, self.config, self.records = directory, config, records
+
+    def before_run(self, trainer: "Trainer") -> None:
+        self.saver = Saver(self.directory, trainer.key, self.config.keep, self.config.keep_every)
+        self.newest = trainer.step
 
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
-        if trainer.step % self.interval == 0 or trainer.step == trainer.num_steps:
-            counters = {"skipped_steps": trainer.skipped_steps, "skipped_in_a_row": trainer.skipped_in_a_row}
-            extra = {**counters, "inputs": trainer.inputs}
-            distributed.save(self.directory, trainer.step, trainer.model, trainer.optimizer, extra)
-            if is_first():
-                distributed.retain(self.directory, self.keep)
+        assert self.config.interval is not None
+        is_last = trainer.ending or trainer.step == trainer.num_steps
+        if (is_last or trainer.step % self.config.interval == 0) and trainer.step != self.newest:
+            self.tell(self.saver.wait())
+            is_logged = self.records is None or self.records.sync()
+            self.saver.save(trainer.step, trainer.model, trainer.optimizer, trainer.content(), is_logged)
+            self.newest = trainer.step
+        if is_last and (failure := self.saver.wait()) is not None:
+            raise UserError(f"{self.directory}: step {self.newest} could not be saved: {failure.strerror}; make room")
+
+    def tell(self, failure: OSError | None) -> None:
+        if failure is not None:
+            when = f"the next is after step {self.newest + (self.config.interval or 0)}"
+            print(f"warning: step {self.newest} could not be saved: {failure.strerror}; {when}", flush=True)
+
+    def after_run(self, trainer: "Trainer", failed: bool) -> None:
+        self.saver.close()
 
 
 class Profile(Callback):

@@ -4,15 +4,18 @@ Shapes: B sequences of a microbatch, S positions, T = B·S tokens, D residual wi
 """
 
 import contextlib
+import faulthandler
 import resource
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexpert.checkpoint import distributed
+from flexpert.checkpoint import distributed, envelope
 from flexpert.config.stages import TrainingStage
 from flexpert.data.dataset import DataManifest, TokenWindows, document_ids, targets_of
 from flexpert.data.mixture import MixedWindows, mixture_digests, training_windows
@@ -23,16 +26,18 @@ from flexpert.model.accelerate import precision
 from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.monitor.stopwatch import Stopwatch
+from flexpert.parallel.environment import is_first
 from flexpert.parallel.process import on_first
 from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
 from flexpert.parallel.recompute import recompute_blocks
+from flexpert.parallel.straggler import Straggler
 from flexpert.parallel.tensor import local
+from flexpert.signals import Stopped, deferred, requested
+from flexpert.testing import reached
 from flexpert.train.callbacks import Callback, Checkpoints, Records, Utilisation, ValidLoss, diagnostics
 from flexpert.train.compilation import compiled, compiles
+from flexpert.train.guard import Guard
 from flexpert.train.optimizer import build_optimizer, project_biases, set_learning_rate
-
-#: Steps in a row without a finite loss and gradient after which a run stops.
-MAX_SKIPPED = 20
 
 
 class Losses(NamedTuple):
@@ -47,7 +52,11 @@ class Trainer:
     """Runs optimiser steps until `train.steps`.
 
     One step sums the losses of its microbatches and divides by the number of its target tokens, so that accumulation
-    does not change the gradient. A step whose loss or gradient is not finite leaves the parameters as they are.
+    does not change the gradient. A step that `guard` objects to leaves the parameters as they are.
+
+    Attributes:
+        stopping: told to stop, all ranks alike.
+        unfinished: the row of a step that was cut short by that: it is to be evaluated when the run goes on.
 
     Args:
         model: on its device, with `requires_grad` set as it shall be trained.
@@ -78,6 +87,12 @@ class Trainer:
         self.output = Path(config.output_dir)
         self.num_steps = config.train.num_steps
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.straggler = Straggler(ranks)
+        self.met = time.perf_counter()  # when this rank last met the others
+        self.stopping = False
+        self.unfinished: dict[str, Any] | None = None
+        self.wandb_id: str | None = None
+        self.guard = Guard(config.train.spike_threshold, model.config.vocab)
         self.optimizer = build_optimizer(model, config.optim)
         num_sequences = self.num_steps * config.train.batch_sequences
         self.windows = windows or training_windows(
@@ -96,42 +111,79 @@ class Trainer:
             valid = TokenWindows(manifest.directory, "valid", length, config.seed, loss_mask=True)
             self.callbacks.append(ValidLoss(valid, config.train.evaluation_interval, sequences))
         self.callbacks.append(Utilisation())
+        self.records: Records | None = None
 
         def write_records() -> None:
-            self.callbacks += diagnostics(config.monitor, self.output)
-            self.callbacks.append(Records(stage, self.output, config.monitor, resolved))
+            self.callbacks.extend(diagnostics(config.monitor, self.output))
+            self.records = Records(stage, self.output, config.monitor, resolved)
+            self.callbacks.append(self.records)
 
         on_first(write_records)
         if config.checkpoint.interval is not None:
-            self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint.interval, config.checkpoint.keep))
+            self.callbacks.append(Checkpoints(self.checkpoints, config.checkpoint, self.records))
+
+    @property
+    def ending(self) -> bool:
+        """Whether the run ends after this step, be it the last or not."""
+        return self.stopping or self.skipped_in_a_row >= self.config.train.max_skipped
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors. Schedule and data follow from the step."""
+        return {
+            "tokens": self.step * self.config.train.batch_tokens,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "guard": self.guard.state(),
+            "unfinished": self.unfinished,
+            "wandb_id": self.wandb_id,
+            "inputs": self.inputs,
+        }
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one.
+        """Go on from the newest checkpoint that is whole, if there is one.
 
         Raises:
-            UserError: the checkpoint is damaged, or the data or the base was replaced since.
+            UserError: all are damaged, or the data or the base was replaced since; there is no room for the next.
         """
-        if saved := on_first(lambda: distributed.steps(self.checkpoints)):
-            record = distributed.load(self.checkpoints, saved[-1], self.model, self.optimizer)
+        reached("restore")
+        self.key = b""
+
+        def open_checkpoints() -> None:
+            if self.config.checkpoint.interval is not None or envelope.steps(self.checkpoints):
+                self.key = envelope.open_key(self.checkpoints)
+                envelope.sweep(self.checkpoints)
+
+        on_first(open_checkpoints)
+        record = distributed.load(self.checkpoints, self.key, self.model, self.optimizer)
+        if record is not None:
             for name, digest in self.inputs.items():
                 if record["inputs"].get(name) != digest:
                     raise UserError(f"{self.output} was begun with another {name}: choose another output_dir")
             self.step, self.skipped_steps = record["step"], record["skipped_steps"]
-            self.skipped_in_a_row = record.get("skipped_in_a_row", 0)  # older checkpoints lack it
+            self.skipped_in_a_row, self.unfinished = record["skipped_in_a_row"], record["unfinished"]
+            self.wandb_id = record["wandb_id"]
+            self.guard.restore(record["guard"])
             print(f"resuming {self.output} from step {self.step}", flush=True)
+        if self.config.checkpoint.interval is not None and self.step < self.num_steps:
+            num_bytes = distributed.checkpoint_bytes(self.model)
+            on_first(lambda: envelope.check_room(self.checkpoints, num_bytes))
 
     def run(self) -> None:
         """Restore, then train to the last step.
 
         Raises:
-            UserError: as `restore`; another process trains in this directory; no step has a finite loss any more.
+            UserError: as `restore`; another process trains in this directory; `train.max_skipped` steps in a row were
+                skipped.
+            Stopped: told to stop; the run was saved, and goes on when it is started again.
         """
+        reached("startup")
         with contextlib.ExitStack() as stack:
 
             def lock() -> None:
                 stack.enter_context(exclusive(self.output))
 
             on_first(lock)
+            stack.enter_context(deferred())
             self.restore()
             self.tell_repetition()
             self.model.train()
@@ -139,11 +191,12 @@ class Trainer:
                 callback.before_run(self)
             failed = True
             try:
-                with compiled(self.model, self.compiled), self.prefetch:
+                with compiled(self.model, self.compiled), self.prefetch, self.watchdog():
+                    if self.unfinished is not None:
+                        row, self.unfinished = self.unfinished, None
+                        self.after_step(row)
                     while self.step < self.num_steps:
-                        row = self.optimizer_step()
-                        for callback in self.callbacks:
-                            callback.after_step(self, row)
+                        self.after_step(self.optimizer_step())
                 failed = False
                 if self.ranks.meshes is not None:
                     peaks = ", ".join(f"{peak / 2**20:,.0f}" for peak in self.ranks.every(peak_memory(self.device)))
@@ -151,6 +204,46 @@ class Trainer:
             finally:
                 for callback in self.callbacks:
                     callback.after_run(self, failed)
+
+    def after_step(self, row: dict[str, Any]) -> None:
+        """What follows an update.
+
+        Raises:
+            UserError, Stopped: as `run`.
+        """
+        for callback in self.callbacks:
+            callback.after_step(self, row)
+        if self.step % self.config.monitor.log_interval == 0:
+            slow = self.straggler.look(self.device)
+            if slow is not None:
+                print(f"note: step {self.step}: {slow}", flush=True)
+        if self.stopping:
+            if is_first():
+                saved = "nothing" if self.config.checkpoint.interval is None else f"step {self.step}"
+                print(f"flexpert: told to stop; saved {saved}; start it again to go on", file=sys.stderr, flush=True)
+            raise Stopped
+        if self.ending:
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row were skipped: lower optim.lr (now {self.config.optim.lr}), "
+                f"look at the data that {self.output / 'skipped.jsonl'} names, or raise train.spike_threshold"
+            )
+        self.arm()
+
+    @contextlib.contextmanager
+    def watchdog(self) -> Iterator[None]:
+        """While the block runs, a step that takes longer than `train.step_timeout` ends the process.
+
+        It is the C library's thread that does, so that it works where Python is stuck, too.
+        """
+        self.arm()
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def arm(self) -> None:
+        if self.config.train.step_timeout is not None:
+            faulthandler.dump_traceback_later(self.config.train.step_timeout, exit=True)
 
     def tell_repetition(self) -> None:
         """The default step is that of a 7B run: a forgotten train.batch_tokens would be hours without a word."""
@@ -164,6 +257,7 @@ class Trainer:
 
     def losses(self, sequences: Tensor) -> Losses:
         """Loss sums of [B, S+1] sequences."""
+        reached("forward", self.step + 1)
         sequences = sequences.to(self.device, non_blocking=True)
         tokens_BS, targets_BS = targets_of(sequences)
         targets_T = targets_BS.flatten()
@@ -190,6 +284,7 @@ class Trainer:
         config, train = self.config, self.config.train
         lr = set_learning_rate(self.optimizer, config.optim, self.step, self.num_steps)
         sequences = self.prefetch.take(self.step)
+        self.straggler.waited(time.perf_counter() - self.met)
         counted = self.ranks.sum((sequences[:, 1:] >= 0).sum().to(self.device))
         num_targets = max(1, int(counted))
         watch.end("data")
@@ -197,6 +292,7 @@ class Trainer:
         for start in range(0, len(sequences), train.microbatch_sequences):
             losses = self.losses(sequences[start : start + train.microbatch_sequences])
             total = losses.nll + train.z_loss * losses.z + train.router_z_loss * losses.router_z
+            reached("backward", self.step + 1)
             torch.autograd.backward(total / num_targets)
             sums += torch.stack([part.detach() for part in losses])
         watch.end("compute")
@@ -204,26 +300,23 @@ class Trainer:
         max_norm = config.optim.grad_clip if config.optim.grad_clip is not None else float("inf")
         grad_norm = clip_gradients(parameters, max_norm)
         sums = torch.cat([self.ranks.sum(sums[:2]), self.ranks.sum(sums[2:], of_positions=True)])
-        finite = bool(torch.isfinite(sums).all() and torch.isfinite(grad_norm))
-        if finite:
+        nll, z, router_z = (sums / num_targets).tolist()
+        objection = self.guard.objection(nll + train.z_loss * z + train.router_z_loss * router_z, float(grad_norm))
+        is_skipped, self.stopping = self.ranks.any(objection is not None, requested())
+        self.met = time.perf_counter()
+        if not is_skipped:
+            reached("optimizer", self.step + 1)
             self.optimizer.step()
             project_biases(self.model)
             self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
-            print(f"step {self.step + 1}: loss or gradient is not finite; the step is skipped", flush=True)
         self.optimizer.zero_grad()
         watch.end("optimizer")
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise UserError(
-                f"{MAX_SKIPPED} steps in a row without a finite loss and gradient: "
-                f"lower optim.lr (now {config.optim.lr}) or look at the data"
-            )
         self.step += 1
-        nll, z, router_z = (sums / num_targets).tolist()
         seconds = time.perf_counter() - started
-        return {
+        row = {
             "step": self.step,
             "tokens": self.step * train.batch_tokens,
             "loss": nll,
@@ -237,6 +330,7 @@ class Trainer:
             "tokens_per_second": train.batch_tokens / seconds,
             "peak_memory_bytes": peak_memory(self.device),
         }
+        return row if objection is None else row | {"objection": objection}
 
 
 def peak_memory(device: torch.device) -> int:
