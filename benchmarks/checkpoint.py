@@ -76,7 +76,7 @@ class Ways:
 
     def __init__(self, training: Training, folder: Path) -> None:
         self.training, self.peer, self.own = training, folder / "peer", folder / "own"
-        self.saver = Saver(self.own, envelope.open_key(self.own), keep=2, keep_every=None)
+        self.saver = Saver(self.own, envelope.open_key(self.own), CheckpointConfig(keep=2))
         self.stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))
         self.step = 0
         self.by_name: dict[str, Callable[[], Future[Any] | None]] = {

@@ -1,9 +1,11 @@
 """The `flexpert` command: `flexpert STAGE key=value …`. Heavy imports wait until a stage is known."""
 
 import importlib
+import io
 import os
 import sys
 import time
+from typing import Any, TextIO
 
 from flexpert import __version__, signals
 from flexpert.errors import UserError
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if argv is None else argv
     signals.install()
+    if (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__):  # and nothing that a test has put there
+        sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     adopt_slurm()
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end; rank 0 says it all)
@@ -77,6 +81,24 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `flexpert … | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+class LossyFile(io.FileIO):
+    """A descriptor to which what cannot be written is lost: a log on a full disk ends no training."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(data)
+
+
+def lossy(stream: TextIO) -> TextIO:
+    raw = LossyFile(stream.fileno(), "w", closefd=False)
+    encoding, errors, by_line = stream.encoding, stream.errors, bool(stream.line_buffering)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
 
 
 def run_stage(stage: str, overrides: list[str]) -> None:

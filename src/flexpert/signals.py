@@ -4,8 +4,9 @@ Most of a stage ends at once, by way of the blocks that clean up: nothing half-w
 A training loop finishes its step, saves and ends then: it runs inside of `deferred` and asks `requested`.
 """
 
+import contextlib
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -44,13 +45,19 @@ def receive(number: int, frame: FrameType | None) -> None:
         return
     if is_first():
         goes_on = "started again, a pipeline goes on, and training from its last checkpoint; other stages begin anew"
-        print(f"flexpert: stopped by {_received.name}; {goes_on}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # not `print`, which may be what is interrupted here
+            os.write(2, f"flexpert: stopped by {_received.name}; {goes_on}\n".encode())
     raise Stopped
 
 
 def requested() -> bool:
     """Whether this process was told to stop."""
     return _received is not None
+
+
+def interrupted() -> bool:
+    """Whether the last that it was told was Ctrl-C."""
+    return _received == signal.SIGINT
 
 
 @contextmanager

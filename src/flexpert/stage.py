@@ -11,11 +11,15 @@ from flexpert.config.groups import ParallelConfig
 from flexpert.errors import UserError
 from flexpert.records import write_atomic
 
-#: Keys that may change when a stage is started again in its directory: they do not change what it writes.
+#: Keys that may change when a stage is started again in its directory: they do not change what it computes, or are what
+#: a run that has stopped is to be mended by.
 FREE_KEYS = (
     "monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "moe_backend", "device",
     "train.recompute", "train.step_timeout", "train.spike_threshold", "train.max_skipped",
 )  # fmt: skip
+
+#: What a kill leaves of a `resolved.yaml` that was being written.
+UNFINISHED = ".resolved.yaml.*.tmp"
 
 #: Changed keys that a message spells out.
 NAMED_CHANGES = 3
@@ -45,7 +49,8 @@ def said(config: dict[str, Any], key: str) -> str:
 def has_results(output: Path) -> bool:
     """Whether a stage left more here than its beginnings, which there is no need to keep."""
     beginnings = ("resolved.yaml", ".lock", "wandb")
-    paths = [path for path in output.iterdir() if path.name not in beginnings]
+    paths = [path for path in output.iterdir() if path.name not in beginnings and not path.match(UNFINISHED)]
+    paths = [path for path in paths if path.name != "checkpoints" or any(path.glob("*step-*"))]
     return any(path.name != "metrics.jsonl" or path.stat().st_size > 0 for path in paths)
 
 
@@ -67,7 +72,7 @@ def check_directory(output: Path, resolved: str, resume: str) -> None:
             raise UserError(f"{output} holds another configuration: {shown}{more}; choose another output_dir")
         if resume == "never":
             raise UserError(f"{output} has been used already and resume=never; choose another output_dir")
-    elif output.is_dir() and any(output.iterdir()):
+    elif output.is_dir() and not all(path.match(UNFINISHED) for path in output.iterdir()):
         raise UserError(f"{output} holds files of something else; choose another output_dir")
 
 
@@ -83,6 +88,8 @@ def claim_directory(output: Path, resolved: str, resume: str) -> None:
     check_directory(output, resolved, resume)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for path in output.glob(UNFINISHED):
+            path.unlink(missing_ok=True)
         write_atomic(output / "resolved.yaml", resolved)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None

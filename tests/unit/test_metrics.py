@@ -1,14 +1,20 @@
-"""What a run records and tells: each step once in `metrics.jsonl`, W&B runs that say how they ended, progress."""
+"""What a run records and tells: each step once in `metrics.jsonl`, W&B runs that say how they ended, progress.
 
+What happens to them when a disk, a server or a process fails is in tests/faults/test_outside.py.
+"""
+
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toy import train
 
+from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
 from flexpert.monitor.devices import peak_of
-from flexpert.monitor.jsonl import MetricsLog, read_metrics
+from flexpert.monitor.jsonl import MetricsLog, end_of_rows, read_metrics
+from flexpert.monitor.wandb import WandbRun
 from flexpert.testing import Fault, faults
 
 
@@ -44,6 +50,55 @@ def test_a_line_cut_by_a_kill_is_dropped_wherever_it_is_cut(tmp_path: Path) -> N
         write(path, range(3, 5), 3, "second")
         assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 16])
+def test_rows_are_found_from_the_end_whatever_is_read_at_once(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexpert.monitor.jsonl.BLOCK", block)
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "note": "{"x" * (step % 3 * 20)}"}}\n' for step in range(2, 9)]
+    for tail in ("", '{"st', '{"step": 9}', "\0" * 50, "\0\n", "3\n", "[]\n", "{}\n", '{"step": null}\n'):
+        path.write_text("".join(lines) + tail)
+        for last in range(10):
+            assert end_of_rows(path, last) == len("".join(lines[: max(0, last - 1)])), (tail, last)
+    path.write_text("")
+    assert end_of_rows(path, 9) == end_of_rows(tmp_path / "none", 9) == 0
+
+
+def test_of_a_large_file_only_the_end_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # which no disk here holds, and nobody reads
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + b"".join(b'{"step": %d}\n' % step for step in range(1, 9)))
+    MetricsLog(path, 5).close()
+    assert path.stat().st_size == (1 << 40) + 1 + 5 * len(b'{"step": 1}\n')
+
+
+def test_an_exception_from_outside_neither_loses_nor_doubles_a_row(tmp_path: Path) -> None:
+    """As a signal's handler raises it, before a row is written; the row is written with the next."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1})
+    with faults(Fault("error", "log", step=2)), pytest.raises(RuntimeError, match="planted"):
+        log.write({"step": 2})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_rows_are_flushed_though_nobody_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run without checkpoints kept all its rows in memory."""
+    monkeypatch.setattr("flexpert.monitor.jsonl.FLUSH_ROWS", 4)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    kept = []
+    for step in range(1, 11):
+        log.write({"step": step})
+        kept.append(len(log.kept))
+    assert kept == [1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 11))
 
 
 def test_a_run_without_metrics_has_no_rows(tmp_path: Path) -> None:
@@ -95,6 +150,34 @@ def test_calibration_is_a_wandb_run_of_its_own_with_its_own_recipe(
     assert (second["optim.lr"], second["optim.schedule"], second["train.steps"]) == (0.5, "linear", 3)
     assert first.keys() == second.keys() and second["name"] == "letters"
     assert wandb_runs[0].id != wandb_runs[1].id
+
+
+def test_a_run_that_was_moved_goes_on_under_its_identity(wandb_runs: list[WandbRecorder], tmp_path: Path) -> None:
+    flat = {"name": "letters", "seed": 3}
+    first = WandbRun(MonitorConfig(), "offline", "expert", tmp_path / "here", flat)
+    moved = WandbRun(MonitorConfig(), "offline", "expert", tmp_path / "there", flat, first.id)
+    other = WandbRun(MonitorConfig(), "offline", "expert", tmp_path / "there", flat)
+    for run in (first, moved, other):
+        run.close()
+    assert [recorded.id for recorded in wandb_runs] == [first.id, first.id, other.id]
+    assert moved.id == first.id != other.id
+
+
+@pytest.mark.parametrize("breaks", ["log", "finish"])
+def test_an_error_of_wandb_is_one_line_and_ends_it_alone(
+    breaks: str, expert_overrides: list[str], wandb_runs: list[WandbRecorder], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fails(self: WandbRecorder, *given: Any, **named: Any) -> None:
+        raise TypeError("what W&B did not expect\nand its details")
+
+    monkeypatch.setattr(WandbRecorder, breaks, fails)
+    train("expert", *expert_overrides, "monitor.wandb=offline", f"output_dir={tmp_path}/run")
+    told = [line for line in capsys.readouterr().out.splitlines() if "W&B" in line]
+    assert told == [
+        "note: W&B ended (what W&B did not expect): the run goes on without it, metrics.jsonl has every row"
+    ]
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 6
 
 
 def test_wandb_without_its_key_is_one_line(

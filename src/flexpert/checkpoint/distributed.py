@@ -9,6 +9,7 @@ Nothing is opened before the run's own key has vouched for it; and so that no fi
 import errno
 import hashlib
 import io
+import os
 import pickle
 import random
 import shutil
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path, PosixPath
 from typing import Any, cast
 
@@ -25,17 +27,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, staging, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flexpert.checkpoint import envelope
 from flexpert.checkpoint.envelope import Damaged
 from flexpert.checkpoint.sharding import local_part
 from flexpert.checkpoint.store import atomic_directory
+from flexpert.config.groups import CheckpointConfig
 from flexpert.errors import UserError
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.environment import is_first, num_ranks, rank
 from flexpert.parallel.process import barrier, on_first
-from flexpert.records import sha256_file
+from flexpert.records import sha256_file, sha256_hex
 from flexpert.testing import reached
 
 #: One process is meant where there is one.
@@ -90,7 +94,7 @@ def generators() -> dict[str, Tensor]:
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_following": torch.tensor(gauss, dtype=torch.float64),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()
     return {f"{rank()}.{name}": value for name, value in state.items()}
 
@@ -112,7 +116,7 @@ class HashedFile(io.BufferedWriter):
     """A new file that hashes what is written to it."""
 
     def __init__(self, path: Path, step: int) -> None:
-        super().__init__(io.FileIO(path, "wb"), 1 << 20)
+        super().__init__(io.FileIO(path, "xb"), 1 << 20)
         self.digest, self.step = hashlib.sha256(), step
         self.error: OSError | None = None
 
@@ -148,6 +152,9 @@ class HashedFiles(filesystem.FileSystem):
             yield file
             if file.error is not None:
                 raise file.error
+            if not file.closed:  # `.metadata`, of which PyTorch syncs what is not in this buffer any more
+                file.flush()
+                os.fsync(file.fileno())
 
 
 class Saver:
@@ -159,15 +166,16 @@ class Saver:
     Args:
         directory: of the run's checkpoints.
         key: of `envelope.open_key`, on the first rank.
-        keep, keep_every: as of `envelope.retain`.
+        config: the group `checkpoint`.
+        on_gpu: whether the state is in the memory of one.
     """
 
-    def __init__(self, directory: Path, key: bytes, keep: int, keep_every: int | None) -> None:
-        self.directory, self.key, self.keep, self.keep_every = directory, key, keep, keep_every
-        self.group = dist.new_group(backend="gloo") if num_ranks() > 1 else None
-        pin = torch.cuda.is_available()
+    def __init__(self, directory: Path, key: bytes, config: CheckpointConfig, on_gpu: bool = False) -> None:
+        self.directory, self.key, self.keep, self.keep_every = directory, key, config.keep, config.keep_every
+        timeout = timedelta(seconds=config.timeout)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if num_ranks() > 1 else None
         options = staging.StagingOptions(
-            use_pinned_memory=pin, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pin
+            use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
         )
         self.stager = staging.DefaultStager(options)
         self.pending: Future[None] | None = None
@@ -228,13 +236,13 @@ class Saver:
         def begin() -> None:
             if not is_logged:
                 raise OSError(errno.EIO, "its rows are not in metrics.jsonl yet")
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            envelope.make_room(self.directory, state_bytes(state))
+            envelope.sweep(self.directory)
+            envelope.make_room(self.directory, state_bytes(state), self.keep_every)
             temporary.mkdir(parents=True)
 
         self.first(begin)
-        writer = filesystem.FileSystemWriter(temporary)
+        # Nothing is to be copied ahead: the state is in the host's memory. PyTorch would wait for the GPU.
+        writer = filesystem.FileSystemWriter(temporary, per_thread_copy_ahead=0)
         writer.fs = files = HashedFiles(step)
         try:
             state_dict_saver.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
@@ -244,7 +252,7 @@ class Saver:
             if len(failed) < len(causes):
                 raise
             number, cause = next(iter(failed.items()))
-            self.first(lambda: shutil.rmtree(temporary))
+            self.first(lambda: self.give_up(temporary, cause.errno))
             raise OSError(cause.errno, f"{cause.strerror} (rank {number})") from error
 
         own = {name: file.digest.hexdigest() for name, file in files.written.items() if name.endswith(".distcp")}
@@ -258,23 +266,40 @@ class Saver:
             for part in parts:
                 digests |= part
             try:
-                envelope.commit(self.directory, step, digests, content, self.key)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            envelope.retain(self.directory, self.keep, self.keep_every)
+                envelope.commit(self.directory, step, digests, {"torch": torch.__version__, **content}, self.key)
+            except OSError as error:
+                self.give_up(temporary, error.errno)
+                raise
+            try:
+                envelope.make_durable(self.directory, step)
+                envelope.retain(self.directory, self.keep, self.keep_every)
+            except OSError as error:  # it is saved nevertheless
+                print(f"note: {self.directory}: older checkpoints stay: {error.strerror}", flush=True)
 
         self.first(finish)
 
+    def give_up(self, temporary: Path, reason: int | None) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if reason in envelope.NO_ROOM:  # a quota, which the file system does not tell of before
+            envelope.retain(self.directory, 1, self.keep_every)
+
     def first(self, function: Callable[[], None]) -> None:
         """Run it on the first rank, and raise there and elsewhere the OSError that it raises."""
-        outcome: list[tuple[int, str] | None] = [None]
+        failure: Exception | None = None
+        outcome: list[tuple[int, str] | str | None] = [None]
         if is_first():
             try:
                 function()
             except OSError as error:
                 outcome = [(error.errno or 0, error.strerror or str(error))]
+            except Exception as error:
+                failure, outcome = error, [f"{type(error).__name__}: {error}"]
         if self.group is not None:
             dist.broadcast_object_list(outcome, group=self.group)
+        if failure is not None:
+            raise failure
+        if isinstance(outcome[0], str):
+            raise RuntimeError(f"rank 0: {outcome[0]}")
         if outcome[0] is not None:
             raise OSError(*outcome[0])
 
@@ -291,35 +316,51 @@ def state_bytes(state: Any) -> int:
     return sum(map(state_bytes, state.values()))
 
 
-def load(directory: Path, key: bytes, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load(
+    directory: Path,
+    key: bytes,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    accept: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any] | None:
     """Restore in place from the newest checkpoint that is whole, and return its record; None: there is none.
 
     What is damaged is set aside with a line that names the file, and the checkpoint before is taken.
 
     Args:
         key: of `envelope.open_key`, on the first rank.
+        accept: raises `UserError` where a record is not of what is trained here, before a tensor is touched.
 
     Raises:
-        UserError: every checkpoint is damaged, or a file asks for code to be run.
+        UserError: as `accept`; every checkpoint is damaged, which leaves all as it is; a file cannot be read, is of
+            another model, or asks for code to be run.
     """
-    aside: list[str] = []
-    while saved := on_first(lambda: envelope.steps(directory)):
-        record, damage = check(directory, saved[-1], key)
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(on_first(lambda: envelope.steps(directory))):
+        record, damage = check(directory, step, key)
         if record is not None:
-            fill(envelope.step_path(directory, saved[-1]), model, optimizer)
-            return record
-        to = on_first(lambda: envelope.set_aside(directory, saved[-1]))
-        aside.append(f"{damage}; it is now in {to}")
-        print(f"warning: {aside[-1]}; the checkpoint before it is taken", flush=True)
-    if aside:
-        raise UserError(f"no checkpoint in {directory} is whole: {aside[0]}; to begin anew, choose another output_dir")
-    if on_first(lambda: any(directory.glob("damaged-*"))):
-        raise UserError(f"{directory} holds damaged checkpoints alone: to begin anew, choose another output_dir")
-    return None
+            break
+        damaged.append((step, damage))
+    else:
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {directory} is whole: {damaged[0][1]}; to begin anew, choose another output_dir"
+            )
+        return None
+    accept(record)
+    fill(envelope.step_path(directory, step), record, model, optimizer)
+    for newer, damage in damaged:
+        to = on_first(lambda newer=newer: envelope.set_aside(directory, newer))  # type: ignore[misc]
+        print(f"warning: {damage}; it is now in {to}; the checkpoint before it is taken", flush=True)
+    return record
 
 
 def check(directory: Path, step: int, key: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The record of a step, or None and what is wrong; every rank hashes some of the files, which may be large."""
+    """The record of a step, or None and what is wrong; every rank hashes some of the files, which may be large.
+
+    Raises:
+        UserError: some rank cannot read what is there.
+    """
 
     def read() -> tuple[dict[str, Any] | None, str]:
         try:
@@ -331,36 +372,59 @@ def check(directory: Path, step: int, key: bytes) -> tuple[dict[str, Any] | None
     if record is None:
         return None, damage
     path, names = envelope.step_path(directory, step), list(record["files"])[rank() :: num_ranks()]
-    damaged: list[list[str]] = [envelope.damaged_files(path, {name: record["files"][name] for name in names})]
+    try:
+        own = envelope.damaged_files(path, {name: record["files"][name] for name in names}), ""
+    except OSError as error:
+        own = list[str](), f"{error.filename} cannot be read by rank {rank()}: {error.strerror}"
+    found = [own] * num_ranks()
     if num_ranks() > 1:
-        own, damaged = damaged[0], [[]] * num_ranks()
-        dist.all_gather_object(damaged, own)
-    for name in sorted(name for part in damaged for name in part):
+        dist.all_gather_object(found, own)
+    for _, unread in found:
+        if unread:
+            raise UserError(unread)
+    for name in sorted(name for part, _ in found for name in part):
         return None, f"{path / name} was altered since it was written"
     return record, ""
 
 
-def fill(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+def fill(path: Path, record: dict[str, Any], model: Transformer, optimizer: torch.optim.Optimizer) -> None:
     """Restore in place from a step directory that was checked.
 
     Raises:
-        UserError: a file asks for code to be run.
+        UserError: it is of another model; a file asks for code to be run.
     """
     state = trained_state(model, optimizer)
     try:
-        reader = Reader(path)
+        reader = Reader(path, record["files"][".metadata"])
+        check_model(path, state, reader)
         own = generators()
         if all(f"generators.{name}" in reader.read_metadata().state_dict_metadata for name in own):
-            state["generators"] = own  # on another layout they begin anew
-        alone = not dist.is_initialized()
-        state_dict_loader.load(state, storage_reader=reader, no_dist=alone)
+            state["generators"] = own  # a rank that was not there when it was saved has none
+        state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except (pickle.UnpicklingError, CheckpointException) as error:
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         if not any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
             raise
-        raise UserError(f"{path} is no checkpoint of ours, and is not loaded: delete it") from error
+        raise UserError(
+            f"{path} is no checkpoint of ours, and is not loaded: it was written by PyTorch {record.get('torch')}, "
+            f"and this is {torch.__version__}"
+        ) from error
     if "generators" in state:
         set_generators(state["generators"])
+
+
+def check_model(path: Path, state: dict[str, Any], reader: "Reader") -> None:
+    """Raises `UserError` where a checkpoint has other tensors than `state`, of which PyTorch would load what fits."""
+    entries = reader.read_metadata().state_dict_metadata
+    names = [name for name in entries if not name.startswith("generators.")]
+    saved = {name: getattr(entries[name], "size", None) for name in names}
+    wanted = {name: value.size() for name, value in flatten_state_dict(state)[0].items()}
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            there, here = (f"{[*(sizes[name] or ())]}" if name in sizes else "none" for sizes in (saved, wanted))
+            raise UserError(
+                f"{path} is of another model ({name}: {there} there, {here} here): choose another output_dir"
+            )
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -380,13 +444,15 @@ class Reader(filesystem.FileSystemReader):
     """PyTorch's, with `.metadata` read by `MetadataUnpickler`, at once; tensors it reads with `weights_only` anyway.
 
     Raises:
-        pickle.UnpicklingError: `.metadata` is something else.
+        pickle.UnpicklingError: `.metadata` is something else than the hash says, or than a checkpoint's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, digest: str) -> None:
         super().__init__(path)
-        with open(path / ".metadata", "rb") as file:
-            self._metadata: metadata.Metadata = MetadataUnpickler(file).load()
+        content = (path / ".metadata").read_bytes()
+        if sha256_hex(content) != digest:
+            raise pickle.UnpicklingError("it was altered since it was checked")
+        self._metadata: metadata.Metadata = MetadataUnpickler(io.BytesIO(content)).load()
         if not isinstance(self._metadata, metadata.Metadata):
             raise pickle.UnpicklingError("it holds no metadata")
         if not all(envelope.FILE_NAME.fullmatch(info.relative_path) for info in self._metadata.storage_data.values()):

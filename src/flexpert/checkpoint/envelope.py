@@ -7,8 +7,9 @@
     checkpoints/.step-000000300.partial    being written, or what a kill left of that
 
 Files are on the disk before checkpoint.json names them, that is before the directory takes its name by `rename`, and
-the renaming before anything older is deleted. A name is never given twice. The key keeps out what somebody else put
-there: another run's step, an older one's list, files made to do harm. Who can read the key, or is the owner, can forge.
+the renaming before anything older is deleted. A step that is there is never written again. The key keeps out what
+somebody else put there: another run's step, an older one's list, files made to do harm. Who can read the key, or is the
+owner, can forge.
 """
 
 import errno
@@ -34,7 +35,7 @@ FILE_NAME = re.compile(r"\.metadata|__\d+_\d+\.distcp")
 RECORD_NAME, KEY_NAME = "checkpoint.json", ".key"
 KEY_BYTES = 32
 #: What the operating system says when there is no room.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Damaged(Exception):
@@ -68,7 +69,8 @@ def open_key(directory: Path) -> bytes:
         if not path.exists() and not path.is_symlink():
             if steps(directory):
                 raise UserError(
-                    f"{path} is missing: without it no checkpoint in {directory} can be trusted, or resumed"
+                    f"{path} is missing, with which this run's checkpoints are signed (those of schema 1 are not: only "
+                    "the version of Flexpert that wrote them can resume)"
                 )
             make_key(path)
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="ascii") as file:
@@ -109,17 +111,25 @@ def commit(directory: Path, step: int, files: dict[str, str], content: dict[str,
     Args:
         files: name → SHA-256 of every file, on the disk already.
         content: JSON that goes with it.
+
+    Raises:
+        OSError: it cannot be written; files of other machines are not here.
     """
     temporary = partial_path(directory, step)
-    assert files.keys() == {path.name for path in temporary.iterdir()}
+    if files.keys() != {path.name for path in temporary.iterdir()}:
+        raise OSError(errno.ENOENT, f"not all ranks write to the same {directory}: is its file system a shared one?")
     reached("manifest", step)
     record = {"step": step, "files": dict(sorted(files.items())), **content, "hmac": None}
     write_record(temporary / RECORD_NAME, "flexpert.checkpoint", record | {"hmac": authenticator(record, key)})
     fsync_path(temporary)
     reached("commit", step)
     os.rename(temporary, step_path(directory, step))
-    fsync_path(directory)
+
+
+def make_durable(directory: Path, step: int) -> None:
+    """After `commit`, and before anything older may go."""
     reached("committed", step)
+    fsync_path(directory)
 
 
 def read_checked(directory: Path, step: int, key: bytes) -> dict[str, Any]:
@@ -127,10 +137,21 @@ def read_checked(directory: Path, step: int, key: bytes) -> dict[str, Any]:
 
     Raises:
         Damaged: it is not this run's or not this step's, files are missing, or there are others.
+        UserError: the file system does not let it be read.
     """
     path = step_path(directory, step)
-    if path.is_symlink():
-        raise Damaged(f"{path} is a link")
+    if path.is_symlink() or not path.is_dir():
+        raise Damaged(f"{path} is no directory")
+    try:
+        found = {entry.name: entry for entry in os.scandir(path)}
+        for name, entry in sorted(found.items()):
+            if not entry.is_file(follow_symlinks=False):
+                raise Damaged(f"{path / name} is no file")
+        if RECORD_NAME not in found:
+            raise Damaged(f"{path / RECORD_NAME} is missing")
+        written = (path / RECORD_NAME).read_bytes()
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     try:
         record = read_record(path / RECORD_NAME, "flexpert.checkpoint")
         signature = authenticator({name: record[name] for name in record.keys() - {"kind", "schema_version"}}, key)
@@ -140,16 +161,13 @@ def read_checked(directory: Path, step: int, key: bytes) -> dict[str, Any]:
         raise Damaged(f"{path / RECORD_NAME} holds half a character") from None
     if not hmac.compare_digest(str(record.get("hmac")).encode(), signature.encode()):
         raise Damaged(f"{path / RECORD_NAME} was altered, or is another run's")
-    if (path / RECORD_NAME).read_bytes() != (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode():
+    if written != (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode():
         raise Damaged(f"{path / RECORD_NAME} was altered, if not in what it says")
     if record["step"] != step:
         raise Damaged(f"{path / RECORD_NAME} is that of step {record['step']}")
-    found = {entry.name: entry for entry in os.scandir(path)}
-    for name, entry in sorted(found.items()):
+    for name in sorted(found):
         if name != RECORD_NAME and name not in record["files"]:
             raise Damaged(f"{path / name} is not listed in {RECORD_NAME}")
-        if not entry.is_file(follow_symlinks=False):
-            raise Damaged(f"{path / name} is no file")
     for name in record["files"]:
         if FILE_NAME.fullmatch(name) is None:
             raise Damaged(f"{path / RECORD_NAME} lists {name!r}, which is no name of ours")
@@ -159,16 +177,10 @@ def read_checked(directory: Path, step: int, key: bytes) -> dict[str, Any]:
 
 
 def damaged_files(path: Path, files: dict[str, str]) -> list[str]:
-    """Those of `files` (name → SHA-256) whose content is another one."""
-
-    def is_other(item: tuple[str, str]) -> bool:
-        try:
-            return sha256_file(path / item[0]) != item[1]
-        except OSError:
-            return True
-
+    """Those of `files` (name → SHA-256) whose content is another one; raises OSError where one cannot be read."""
     with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
-        return [name for name, other in zip(files, pool.map(is_other, files.items()), strict=True) if other]
+        digests = pool.map(lambda name: sha256_file(path / name), files)
+        return [name for name, digest in zip(files, digests, strict=True) if digest != files[name]]
 
 
 def set_aside(directory: Path, step: int) -> Path:
@@ -183,14 +195,20 @@ def set_aside(directory: Path, step: int) -> Path:
 
 def retain(directory: Path, keep: int, every: int | None) -> None:
     """Delete all but the `keep` newest checkpoints and those of steps that divide by `every`."""
-    for step in steps(directory)[:-keep]:
-        if every is None or step % every:
-            discard(directory, step)
+    for step in older(directory, keep, every):
+        discard(directory, step)
+
+
+def older(directory: Path, keep: int, every: int | None) -> list[int]:
+    return [step for step in steps(directory)[:-keep] if every is None or step % every]
 
 
 def discard(directory: Path, step: int) -> None:
     """Delete a checkpoint; a kill in between leaves nothing that looks like one."""
     path = step_path(directory, step)
+    if path.is_symlink():
+        path.unlink()
+        return
     removed = path.with_name(f".{path.name}.partial")
     os.rename(path, removed)
     reached("retention", step)
@@ -203,20 +221,20 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
-def check_room(directory: Path, num_bytes: int) -> None:
-    """Raises `UserError` where the next checkpoint has no room, with what could be deleted for it."""
+def check_room(directory: Path, num_bytes: int, every: int | None = None) -> None:
+    """Raises `UserError` where the next checkpoint has no room, with what `make_room` can delete for it."""
     free = shutil.disk_usage(directory).free
-    held = [sum(entry.stat().st_size for entry in os.scandir(step_path(directory, step))) for step in steps(directory)]
-    if free + sum(held[:-1]) < num_bytes:
+    paths = [step_path(directory, step) for step in older(directory, 1, every)]
+    if free + sum(file.stat().st_size for path in paths for file in path.glob("*")) < num_bytes:
         raise UserError(
             f"{directory} has {free / 2**30:.2f} GiB free and a checkpoint takes {num_bytes / 2**30:.2f} GiB: "
             "make room, or choose an output_dir on another file system"
         )
 
 
-def make_room(directory: Path, num_bytes: int) -> None:
-    """Delete older checkpoints, never the newest, as long as the next one has no room."""
-    for step in steps(directory)[:-1]:
+def make_room(directory: Path, num_bytes: int, every: int | None = None) -> None:
+    """Delete older checkpoints as long as the next one has no room; never the newest, nor those that shall stay."""
+    for step in older(directory, 1, every):
         if shutil.disk_usage(directory).free >= num_bytes:
             break
         discard(directory, step)

@@ -315,9 +315,10 @@ class CheckpointConfig(Lockable):
     interval: int | None = opt(500, "steps between two training checkpoints; null: none")
     keep: int = opt(2, "newest checkpoints that are kept; where the disk is too full for the next one, fewer")
     keep_every: int | None = opt(None, "also keep the checkpoints of steps that divide by this; null: none")
+    timeout: float = opt(3600.0, "seconds that a process waits for the others to write their part of one")
 
     def check(self) -> None:
-        check_positive("checkpoint", self, "interval", "keep", "keep_every")
+        check_positive("checkpoint", self, "interval", "keep", "keep_every", "timeout")
 
 
 @dataclass

@@ -178,7 +178,8 @@ _encoder: Encoder
 def _start_worker(tokenizer: Path, fields: Fields, valid_fraction: float) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
+    for told in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the parent heeds them, and ends its workers
+        signal.signal(told, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(load_tokenizer(tokenizer), fields, valid_fraction)
 

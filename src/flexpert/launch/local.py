@@ -15,7 +15,7 @@ from typing import IO
 from flexpert.config.groups import LauncherConfig
 from flexpert.launch.graph import Node
 from flexpert.launch.walk import Ended
-from flexpert.signals import Stopped
+from flexpert.signals import Stopped, interrupted
 
 #: `expert DIRECTORY  step 40/200  …`, as training prints it, or `evaluate DIRECTORY  scoring …`.
 PROGRESS = re.compile(r"^(\w+) .*  ((?:step|scoring) .*)\n", re.MULTILINE)
@@ -107,14 +107,15 @@ class LocalLauncher:
         return [job.end() for job in over]
 
     def stop(self) -> list[Ended]:
-        """Ask every stage to end; interrupted again, end them at once."""
+        """Ask every stage to end, and wait for its saving; at Ctrl-C, end them at once."""
         for job in self.jobs:
             job.process.terminate()
-        try:
-            for job in self.jobs:
-                job.process.wait()
-        except Stopped:
-            for job in self.jobs:
-                job.process.kill()
+        while any(job.process.poll() is None for job in self.jobs):
+            try:
+                for job in self.jobs:
+                    job.process.wait()
+            except Stopped:
+                for job in self.jobs if interrupted() else ():
+                    job.process.kill()
         over, self.jobs = self.jobs, []
         return [job.end() for job in over]

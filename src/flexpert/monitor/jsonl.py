@@ -35,7 +35,7 @@ class MetricsLog:
         self.end = self.synced = end_of_rows(path, last_step)
         self.kept: list[tuple[int, bytes]] = []  # step and line of each row that may not be on the disk
         self.num_written = 0  # of those, how many are in the file
-        self.descriptor: int | None = None  # None: to be opened, and cut after `end`
+        self.descriptor: int | None = None
         self.error: OSError | None = None  # of the last attempt
         self.sync()
 
@@ -66,8 +66,8 @@ class MetricsLog:
             if durably or self.error is not None:
                 self.flush()
         except OSError as error:
-            is_first, self.error = self.error is None, error
-            if is_first:
+            is_new, self.error = self.error is None, error
+            if is_new:
                 kept = "rows are kept in memory until it can"
                 print_anyway(f"note: {self.path} cannot be written ({self.reason()}): {kept}")
             return False
@@ -78,9 +78,9 @@ class MetricsLog:
 
     def append(self) -> None:
         if self.descriptor is None:
-            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            self.open()
+        assert self.descriptor is not None
         try:
-            self.cut()
             for step, line in self.kept[self.num_written :]:
                 reached("log", step)
                 rest = line
@@ -88,21 +88,31 @@ class MetricsLog:
                     rest = rest[os.write(self.descriptor, rest) :]
                 self.num_written += 1
                 self.end += len(line)
-        except OSError:
+        except BaseException:  # a signal's, too
             with contextlib.suppress(OSError):
                 self.cut()
             self.release()
             raise
 
+    def open(self) -> None:
+        """Open the file, and begin after what is certain to be on the disk: an error may have cost it the rest."""
+        self.end, self.num_written = self.synced, 0
+        create = 0 if self.end else os.O_CREAT  # a file that has gone comes back with its rows, as with its mount
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o666)
+        try:
+            self.cut()
+        except OSError:
+            self.release()
+            raise
+
     def flush(self) -> None:
-        """An error leaves open which rows are on the disk: all since the last time are written again."""
         assert self.descriptor is not None
         try:
             os.fsync(self.descriptor)
             if not self.synced:
                 fsync_path(self.path.parent)  # the file may be new
         except OSError:
-            self.end, self.num_written = self.synced, 0
+            self.num_written = 0  # for all that is known
             self.release()
             raise
         self.synced, self.kept, self.num_written = self.end, [], 0

@@ -22,7 +22,7 @@ ALLOWED_KEYS = ("router.bias", "seed")
 ALLOWED_TEXT = ("optim.schedule", "train.device", "router.init", "name")
 
 #: Seconds that W&B may take to reach its server, and for all of its start.
-INIT_SECONDS, START_SECONDS = 30.0, 60.0
+INIT_SECONDS, START_SECONDS = 30.0, 120.0
 #: Seconds for what is not yet uploaded when a run ends, and to end after its process was killed.
 FINISH_SECONDS, END_SECONDS = 30.0, 5.0
 #: Rows that W&B may be behind: minutes at the least, for it takes thousands a second.
@@ -120,7 +120,7 @@ def start_run(
             settings=settings,
         )
     except wandb.errors.Error as error:
-        reason = str(error).splitlines()[0]
+        reason = describe(error)
         is_refused = isinstance(error, (wandb.errors.UsageError, wandb.errors.AuthenticationError))
         kind = UserError if is_refused or REFUSED.search(reason) else UnreachableError
         raise kind(f"W&B: {reason}{ADVICE}") from None
@@ -162,13 +162,13 @@ class WandbRun:
         self.config, self.stage, self.output, self.flat = config, stage, output, flat
         #: Rows, and at the end the exit code.
         self.rows: queue.Queue[dict[str, Any] | int] = queue.Queue(MAX_ROWS)
-        self.error: Exception | None = None  # that ended the thread
+        self.error: BaseException | None = None  # that ended the thread
         self.is_left = False
         self.started = threading.Event()
         self.thread = threading.Thread(target=self.work, args=(mode,), name="wandb", daemon=True)
         self.thread.start()
         if not self.started.wait(START_SECONDS):
-            self.leave(f"did not start within {START_SECONDS:.0f} s")
+            self.leave(f"did not start within {START_SECONDS:g} s")
         elif isinstance(self.error, UserError) and not isinstance(self.error, UnreachableError):
             raise self.error
         elif self.error is not None:
@@ -196,7 +196,7 @@ class WandbRun:
         if self.error is not None:
             self.leave(f"ended ({describe(self.error)})")
         elif self.thread.is_alive():
-            self.leave(f"did not finish within {FINISH_SECONDS:.0f} s")
+            self.leave(f"did not finish within {FINISH_SECONDS:g} s")
 
     def leave(self, what: str) -> None:
         self.is_left = True
@@ -213,16 +213,23 @@ class WandbRun:
             while isinstance(row := self.rows.get(), dict):
                 run.log(row, step=row["step"])
             run.finish(exit_code=row)
-        except Exception as error:
+        except BaseException as error:  # also SystemExit
             kill_service()
             self.error = error
         finally:
-            # Otherwise it does this when the process ends, without a limit of time and with a traceback.
-            with contextlib.suppress(Exception, SystemExit):
-                import wandb
-
-                wandb.teardown()
+            self.forget()
             self.started.set()
+
+    def forget(self) -> None:
+        """Have W&B end what it still has, as a run that failed: else it does so when this process ends, without a limit
+        of time and with a traceback, and takes the next run for the same.
+        """
+        with contextlib.suppress(Exception, SystemExit):
+            import wandb
+
+            with contextlib.suppress(Exception):
+                wandb.finish()
+            wandb.teardown()
 
     def start(self, mode: str) -> Any:
         try:
@@ -230,19 +237,21 @@ class WandbRun:
         except UnreachableError as error:
             if mode == "offline":
                 raise
+            kill_service()  # which still holds the run's name
+            self.forget()
             later = f"`wandb sync {self.output / 'wandb'}/offline-run-*` uploads it"
             print_anyway(f"note: {describe(error)}: this run is recorded offline, and {later}")
             return start_run(self.config, "offline", self.stage, self.output, self.flat, self.id)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].removesuffix(ADVICE)
 
 
 def kill_service() -> None:
     """Kill W&B's processes that this one has started."""
     for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text(encoding="ascii").split():
-            with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the thread or the process has ended
+            for child in children.read_text(encoding="ascii").split():
                 if Path(f"/proc/{child}/comm").read_text(encoding="utf-8") == "wandb-core\n":
                     os.kill(int(child), signal.SIGKILL)

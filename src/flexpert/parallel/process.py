@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flexpert.errors import UserError
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
-from flexpert.parallel.pulse import BEAT, GRACE, SILENCE, Pulse
+from flexpert.parallel.pulse import BEAT, GRACE, LOST_RANK, MISTAKE, SILENCE, Pulse
 from flexpert.signals import REQUEUE, Stopped
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def among_ranks() -> Iterator[None]:
                 _pulse.over.set()
                 _pulse.say(_pulse.lost)
                 raise SystemExit(_pulse.status) from None
-            _pulse.tell(reason)
+            _pulse.tell(reason, MISTAKE if isinstance(error, UserError) else LOST_RANK)
         raise
     leave_ranks()
 

@@ -19,6 +19,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 BEAT, SILENCE, GRACE = 1.0, 15.0, 30.0
 #: Exit status where another process was lost.
 LOST_RANK = 3
+#: The same, where it has ended by the user's mistake.
+MISTAKE = 2
 
 
 class Pulse(threading.Thread):
@@ -89,7 +91,8 @@ class Pulse(threading.Thread):
     def say(self, lost: str) -> None:
         """One of those that are left does: rank 0, or rank 1 where it is the lost one."""
         if self.rank == int(lost.startswith("rank 0 ")):
-            print(f"flexpert: {lost}; start the stage again, it goes on", file=sys.stderr, flush=True)
+            advice = "" if self.status == MISTAKE else "; start the stage again, it goes on"
+            print(f"flexpert: {lost}{advice}", file=sys.stderr, flush=True)
 
     def tell(self, reason: str, status: int = LOST_RANK) -> None:
         """That this rank ends by an error, and with which status the others shall."""

@@ -4,7 +4,8 @@ A callback's `after_step` may add to the step's row of metrics; callbacks run in
 """
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,7 @@ class Checkpoints(Callback):
         self.directory, self.config, self.records = directory, config, records
 
     def before_run(self, trainer: "Trainer") -> None:
-        self.saver = Saver(self.directory, trainer.key, self.config.keep, self.config.keep_every)
+        self.saver = Saver(self.directory, trainer.key, self.config, trainer.device.type == "cuda")
         self.newest = trainer.step
 
     def after_step(self, trainer: "Trainer", row: dict[str, Any]) -> None:
@@ -182,13 +183,16 @@ class Checkpoints(Callback):
             is_logged = self.records is None or self.records.sync()
             self.saver.save(trainer.step, trainer.model, trainer.optimizer, trainer.content(), is_logged)
             self.newest = trainer.step
-        if is_last and (failure := self.saver.wait()) is not None:
+        failure = self.saver.wait() if is_last else None
+        trainer.is_saved = is_last and failure is None
+        if trainer.stopping:
+            self.tell(failure)
+        elif failure is not None:
             raise UserError(f"{self.directory}: step {self.newest} could not be saved: {failure.strerror}; make room")
 
     def tell(self, failure: OSError | None) -> None:
         if failure is not None:
-            when = f"the next is after step {self.newest + (self.config.interval or 0)}"
-            print(f"warning: step {self.newest} could not be saved: {failure.strerror}; {when}", flush=True)
+            print(f"warning: step {self.newest} could not be saved: {failure.strerror}", flush=True)
 
     def after_run(self, trainer: "Trainer", failed: bool) -> None:
         self.saver.close()
@@ -236,13 +240,23 @@ class Profile(Callback):
         if self.profiler is None:
             return {}
         self.profiler.stop()
-        self.directory.mkdir(exist_ok=True)
-        path = self.directory / f"steps-{self.steps[0]}-{step}.json.gz"
-        self.profiler.export_chrome_trace(str(path))
-        print(f"profile in {path}", flush=True)
+        with unless_full("the profile"):
+            self.directory.mkdir(exist_ok=True)
+            path = self.directory / f"steps-{self.steps[0]}-{step}.json.gz"
+            self.profiler.export_chrome_trace(str(path))
+            print(f"profile in {path}", flush=True)
         spent = collective_seconds(self.profiler)
         self.profiler = None
         return {"communication_seconds": spent / max(1, step - self.steps[0] + 1)} if num_ranks() > 1 else {}
+
+
+@contextmanager
+def unless_full(what: str) -> Iterator[None]:
+    """What a run can do without does not end it."""
+    try:
+        yield
+    except OSError as error:
+        print(f"note: {what} could not be written: {error.strerror}", flush=True)
 
 
 def collective_seconds(profiler: torch.profiler.profile) -> float:
@@ -280,11 +294,12 @@ class MemorySnapshot(Callback):
     def write(self) -> None:
         if self.recording:
             self.recording = False
-            self.directory.mkdir(exist_ok=True)
-            path = self.directory / "memory.pickle"
-            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+            with unless_full("the memory snapshot"):
+                self.directory.mkdir(exist_ok=True)
+                path = self.directory / "memory.pickle"
+                torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+                print(f"memory snapshot in {path}", flush=True)
             torch.cuda.memory._record_memory_history(enabled=None)
-            print(f"memory snapshot in {path}", flush=True)
 
 
 def diagnostics(config: MonitorConfig, output: Path) -> list[Callback]:

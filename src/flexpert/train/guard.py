@@ -14,7 +14,7 @@ WINDOW, RECENT = 128, 16
 #: Median absolute difference of two normally distributed values → their standard deviation.
 TO_SIGMA = 1.4826 / math.sqrt(2)
 #: Least standard deviations that are believed: of the loss in nats, and of the gradient norm's logarithm.
-LEAST_SIGMA = {"loss": 0.05, "gradient norm": 0.25}
+LEAST_SIGMA = {"loss": 0.1, "gradient norm": 0.25}
 #: n values know their deviation poorly: it is taken (1 + FEW / n) times as large.
 FEW = 4.0
 
@@ -34,18 +34,21 @@ class Guard:
         self.history: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in LEAST_SIGMA}
 
     def objection(self, loss: float, grad_norm: float) -> str | None:
-        """Why a step with this loss (nats a token) and norm is not to be taken; None: it is, and counts from now on."""
+        """Why a step with this loss (nats a token) and norm is not to be taken; None: nothing speaks against it."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return "loss or gradient is not finite"
-        values = {"loss": loss, "gradient norm": math.log(max(grad_norm, 1e-30))}
+        values = {"loss": loss, "gradient norm": log_norm(grad_norm)}
         for name, value in values.items():
             far, usual = self.deviation(name, value)
             if self.threshold is not None and far > self.threshold:
                 shown = (value, usual) if name == "loss" else (math.exp(value), math.exp(usual))
                 return f"{name} {shown[0]:.4g} is {far:.0f} robust standard deviations above {shown[1]:.4g}"
-        for name, value in values.items():
-            self.history[name].append(value)
         return None
+
+    def accept(self, loss: float, grad_norm: float) -> None:
+        """The step was taken, and counts from now on."""
+        self.history["loss"].append(loss)
+        self.history["gradient norm"].append(log_norm(grad_norm))
 
     def deviation(self, name: str, value: float) -> tuple[float, float]:
         """Robust z-score of a value, and the median that it is compared with."""
@@ -66,3 +69,7 @@ class Guard:
     def restore(self, state: dict[str, list[float]]) -> None:
         for name, values in state.items():
             self.history[name].extend(values)
+
+
+def log_norm(norm: float) -> float:
+    return math.log(max(norm, 1e-30))

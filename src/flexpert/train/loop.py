@@ -5,7 +5,9 @@ Shapes: B sequences of a microbatch, S positions, T = B·S tokens, D residual wi
 
 import contextlib
 import faulthandler
+import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +34,9 @@ from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
 from flexpert.parallel.recompute import recompute_blocks
 from flexpert.parallel.straggler import Straggler
 from flexpert.parallel.tensor import local
+from flexpert.records import canonical_json, sha256_hex
 from flexpert.signals import Stopped, deferred, requested
+from flexpert.stage import comparable
 from flexpert.testing import reached
 from flexpert.train.callbacks import Callback, Checkpoints, Records, Utilisation, ValidLoss, diagnostics
 from flexpert.train.compilation import compiled, compiles
@@ -56,6 +60,7 @@ class Trainer:
 
     Attributes:
         stopping: told to stop, all ranks alike.
+        is_saved: whether the last step of this start is.
         unfinished: the row of a step that was cut short by that: it is to be evaluated when the run goes on.
 
     Args:
@@ -89,7 +94,7 @@ class Trainer:
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.straggler = Straggler(ranks)
         self.met = time.perf_counter()  # when this rank last met the others
-        self.stopping = False
+        self.stopping = self.is_saved = False
         self.unfinished: dict[str, Any] | None = None
         self.wandb_id: str | None = None
         self.guard = Guard(config.train.spike_threshold, model.config.vocab)
@@ -104,6 +109,7 @@ class Trainer:
         recompute_blocks(model, config.train.recompute)
         self.compiled = compiles(config.train, model, device)
         self.inputs = {"data": manifest.digest, **mixture_digests(config.data), **(inputs or {})}
+        self.inputs["configuration"] = sha256_hex(canonical_json(comparable(resolved)))
         self.checkpoints = self.output / "checkpoints"
         self.callbacks: list[Callback] = []
         if config.train.evaluation_interval is not None:
@@ -154,11 +160,8 @@ class Trainer:
                 envelope.sweep(self.checkpoints)
 
         on_first(open_checkpoints)
-        record = distributed.load(self.checkpoints, self.key, self.model, self.optimizer)
+        record = distributed.load(self.checkpoints, self.key, self.model, self.optimizer, self.accept)
         if record is not None:
-            for name, digest in self.inputs.items():
-                if record["inputs"].get(name) != digest:
-                    raise UserError(f"{self.output} was begun with another {name}: choose another output_dir")
             self.step, self.skipped_steps = record["step"], record["skipped_steps"]
             self.skipped_in_a_row, self.unfinished = record["skipped_in_a_row"], record["unfinished"]
             self.wandb_id = record["wandb_id"]
@@ -166,7 +169,13 @@ class Trainer:
             print(f"resuming {self.output} from step {self.step}", flush=True)
         if self.config.checkpoint.interval is not None and self.step < self.num_steps:
             num_bytes = distributed.checkpoint_bytes(self.model)
-            on_first(lambda: envelope.check_room(self.checkpoints, num_bytes))
+            on_first(lambda: envelope.check_room(self.checkpoints, num_bytes, self.config.checkpoint.keep_every))
+
+    def accept(self, record: dict[str, Any]) -> None:
+        """Raises `UserError` where a checkpoint is of a run with another configuration, other data or another base."""
+        for name, digest in self.inputs.items():
+            if record["inputs"].get(name) != digest:
+                raise UserError(f"{self.output} was begun with another {name}: choose another output_dir")
 
     def run(self) -> None:
         """Restore, then train to the last step.
@@ -183,27 +192,29 @@ class Trainer:
                 stack.enter_context(exclusive(self.output))
 
             on_first(lock)
-            stack.enter_context(deferred())
             self.restore()
             self.tell_repetition()
             self.model.train()
+            stack.enter_context(deferred())
+            self.failed = True
             for callback in self.callbacks:
+                stack.callback(self.leave, callback)
                 callback.before_run(self)
-            failed = True
-            try:
-                with compiled(self.model, self.compiled), self.prefetch, self.watchdog():
-                    if self.unfinished is not None:
-                        row, self.unfinished = self.unfinished, None
-                        self.after_step(row)
-                    while self.step < self.num_steps:
-                        self.after_step(self.optimizer_step())
-                failed = False
-                if self.ranks.meshes is not None:
-                    peaks = ", ".join(f"{peak / 2**20:,.0f}" for peak in self.ranks.every(peak_memory(self.device)))
-                    print(f"peak memory of ranks 0, 1, …: {peaks} MiB", flush=True)
-            finally:
-                for callback in self.callbacks:
-                    callback.after_run(self, failed)
+            if any(self.ranks.any(requested())):
+                raise Stopped  # there is nothing to save yet
+            with compiled(self.model, self.compiled), self.prefetch, self.watchdog():
+                if self.unfinished is not None:
+                    row, self.unfinished = self.unfinished, None
+                    self.after_step(row)
+                while self.step < self.num_steps:
+                    self.after_step(self.optimizer_step())
+            self.failed = False
+            if self.ranks.meshes is not None:
+                peaks = ", ".join(f"{peak / 2**20:,.0f}" for peak in self.ranks.every(peak_memory(self.device)))
+                print(f"peak memory of ranks 0, 1, …: {peaks} MiB", flush=True)
+
+    def leave(self, callback: Callback) -> None:
+        callback.after_run(self, self.failed)
 
     def after_step(self, row: dict[str, Any]) -> None:
         """What follows an update.
@@ -219,8 +230,8 @@ class Trainer:
                 print(f"note: step {self.step}: {slow}", flush=True)
         if self.stopping:
             if is_first():
-                saved = "nothing" if self.config.checkpoint.interval is None else f"step {self.step}"
-                print(f"flexpert: told to stop; saved {saved}; start it again to go on", file=sys.stderr, flush=True)
+                saved = f"saved step {self.step}" if self.is_saved else "nothing saved"
+                print(f"flexpert: told to stop; {saved}; start it again to go on", file=sys.stderr, flush=True)
             raise Stopped
         if self.ending:
             raise UserError(
@@ -233,17 +244,19 @@ class Trainer:
     def watchdog(self) -> Iterator[None]:
         """While the block runs, a step that takes longer than `train.step_timeout` ends the process.
 
-        It is the C library's thread that does, so that it works where Python is stuck, too.
+        It works where Python is stuck, too: one thread of C's prints, and a signal that nobody handles ends it.
         """
         self.arm()
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
 
     def arm(self) -> None:
         if self.config.train.step_timeout is not None:
-            faulthandler.dump_traceback_later(self.config.train.step_timeout, exit=True)
+            faulthandler.dump_traceback_later(self.config.train.step_timeout)
+            signal.setitimer(signal.ITIMER_REAL, self.config.train.step_timeout + 1)  # its SIGALRM ends the process
 
     def tell_repetition(self) -> None:
         """The default step is that of a 7B run: a forgotten train.batch_tokens would be hours without a word."""
@@ -301,11 +314,13 @@ class Trainer:
         grad_norm = clip_gradients(parameters, max_norm)
         sums = torch.cat([self.ranks.sum(sums[:2]), self.ranks.sum(sums[2:], of_positions=True)])
         nll, z, router_z = (sums / num_targets).tolist()
-        objection = self.guard.objection(nll + train.z_loss * z + train.router_z_loss * router_z, float(grad_norm))
+        judged = (nll if math.isfinite(z + router_z) else math.nan, float(grad_norm))
+        objection = self.guard.objection(*judged)
         is_skipped, self.stopping = self.ranks.any(objection is not None, requested())
         self.met = time.perf_counter()
         if not is_skipped:
             reached("optimizer", self.step + 1)
+            self.guard.accept(*judged)
             self.optimizer.step()
             project_biases(self.model)
             self.skipped_in_a_row = 0
@@ -330,7 +345,7 @@ class Trainer:
             "tokens_per_second": train.batch_tokens / seconds,
             "peak_memory_bytes": peak_memory(self.device),
         }
-        return row if objection is None else row | {"objection": objection}
+        return row | {"objection": objection or "another rank objects"} if is_skipped else row
 
 
 def peak_memory(device: torch.device) -> int:
