@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             time.sleep(AFTER_FIRST)
         elif not error.told:
             print(f"flexpert: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except BrokenPipeError:  # `flexpert … | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

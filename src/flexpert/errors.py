@@ -10,8 +10,9 @@ class UserError(ValueError):
     Args:
         message: the line.
         told: another process of the stage tells it.
+        status: exit status.
     """
 
-    def __init__(self, message: str, told: bool = False) -> None:
+    def __init__(self, message: str, told: bool = False, status: int = 2) -> None:
         super().__init__(message)
-        self.told = told
+        self.told, self.status = told, status

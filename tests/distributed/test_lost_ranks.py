@@ -134,7 +134,7 @@ def test_processes_that_cannot_meet_say_where(road: Path, tmp_path: Path) -> Non
         [sys.executable, "-m", "flexpert", *words],
         env=os.environ | environment(1, 2, port) | {"LOCAL_RANK": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == pulse.LOST_RANK
     (told,) = said([done.stderr])
     assert f"rank 1 of 2 cannot meet the others at 127.0.0.1:{port}" in told
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flexpert.errors import UserError
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
-from flexpert.parallel.pulse import BEAT, GRACE, LOST_RANK, MISTAKE, SILENCE, Pulse
+from flexpert.parallel.pulse import BEAT, GRACE, LOST_RANK, SILENCE, Pulse
 from flexpert.signals import REQUEUE, Stopped
 
 T = TypeVar("T")
@@ -54,7 +54,8 @@ def join_ranks(device: torch.device, seconds: float) -> torch.device:
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"rank {rank()} of {num_ranks()} cannot meet the others at {address}:{port}: {reason}"
+                f"rank {rank()} of {num_ranks()} cannot meet the others at {address}:{port}: {reason}",
+                status=LOST_RANK,  # it may be that one was killed before
             ) from None
         _pulse.start()
     return device
@@ -95,7 +96,7 @@ def among_ranks() -> Iterator[None]:
                 _pulse.over.set()
                 _pulse.say(_pulse.lost)
                 raise SystemExit(_pulse.status) from None
-            _pulse.tell(reason, MISTAKE if isinstance(error, UserError) else LOST_RANK)
+            _pulse.tell(reason, error.status if isinstance(error, UserError) else LOST_RANK)
         raise
     leave_ranks()
 
