@@ -16,6 +16,8 @@ from flexpert.parallel.mesh import build_meshes
 from flexpert.parallel.ranks import ALONE, Ranks
 from flexpert.parallel.straggler import Straggler
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -36,6 +36,8 @@ from flexpert.config.groups import CheckpointConfig
 from flexpert.errors import UserError
 from flexpert.testing import Fault, faults
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
@@ -257,7 +259,6 @@ def assert_refused(case: Case, damage: Callable[[Case], str], key: bytes) -> str
     return named
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", RANDOM, ids=[kind.__name__ for kind in RANDOM])
 def test_damage_at_random_is_refused_with_the_files_name(
     kind: Callable[[Case], str], made: Made, tmp_path: Path
@@ -269,7 +270,6 @@ def test_damage_at_random_is_refused_with_the_files_name(
         assert check(case.step.parent, 2, made.key)[0] is not None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*RANDOM, *NAMED.values()], ids=[*(kind.__name__ for kind in RANDOM), *NAMED])
 def test_the_step_before_is_taken_and_nothing_is_deleted(
     kind: Callable[[Case], str], made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]

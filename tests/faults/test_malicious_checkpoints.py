@@ -26,6 +26,8 @@ from flexpert.checkpoint.distributed import check, load
 from flexpert.errors import UserError
 from flexpert.records import sha256_file
 
+pytestmark = pytest.mark.slow
+
 #: Audit events of looking at files, and of what Python and PyTorch do all the time ("compile" is a traceback's, which
 #: parses its lines); `open` and `os.rename` are looked at more closely.
 QUIET = {"builtins.id", "object.__getattr__", "object.__setattr__", "object.__delattr__", "os.listdir", "os.scandir",
@@ -211,7 +213,6 @@ def test_no_file_is_read_before_all_were_hashed(attack: Attack) -> None:
     assert opened(events, attack.run / "step-000000002") == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", [b"", bytes(32), None, "nothing"], ids=["empty", "guessed", "old one", "no HMAC"])
 @pytest.mark.parametrize(("place", "name"), CASES, ids=IDS)
 def test_without_the_key_a_payload_is_not_even_read(

@@ -28,6 +28,8 @@ from flexpert.monitor.jsonl import MetricsLog, read_metrics
 from flexpert.monitor.wandb import WandbRun
 from flexpert.testing import Fault, faults
 
+pytestmark = pytest.mark.slow
+
 #: What a row says of the machine, and not of the run.
 OF_THE_MACHINE = {
     "step_seconds", "data_seconds", "compute_seconds", "optimizer_seconds", "tokens_per_second", "peak_memory_bytes",
@@ -292,7 +294,6 @@ def online(monkeypatch: pytest.MonkeyPatch, address: str, key: str = KEY) -> Non
     monkeypatch.setenv("WANDB_API_KEY", key)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 def test_training_goes_on_without_wandb_when_its_process_is_killed(
     road: Path, undisturbed: tuple[list[dict[str, Any]], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -338,7 +339,6 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PROCESS, *arguments], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "SIGSTOP"])
 def test_a_process_ends_as_ever_though_wandbs_does_not(kind: str, tmp_path: Path) -> None:
@@ -348,7 +348,6 @@ def test_a_process_ends_as_ever_though_wandbs_does_not(kind: str, tmp_path: Path
     assert re.fullmatch(r"note: W&B (ended \(.*\)|did not finish within 0.5 s): the run goes on .*\n", done.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 @pytest.mark.parametrize("asked", ["a row", "the end"])
 def test_wandb_whose_process_stands_still_is_waited_for_no_longer_than_said(
@@ -371,7 +370,6 @@ def test_wandb_whose_process_stands_still_is_waited_for_no_longer_than_said(
     assert services(os.getpid()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 def test_a_server_that_cannot_be_reached_makes_an_offline_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -431,7 +429,6 @@ def served(accepts: bool) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_server_that_is_cut_off_during_a_run_holds_nothing_up(
@@ -454,7 +451,6 @@ def test_a_server_that_is_cut_off_during_a_run_holds_nothing_up(
     assert services(os.getpid()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 def test_a_key_that_is_refused_or_malformed_is_the_users_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -468,7 +464,6 @@ def test_a_key_that_is_refused_or_malformed_is_the_users_mistake(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 def test_an_offline_run_contacts_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left alone, W&B's client sends reports about itself when its process ends."""

@@ -23,6 +23,8 @@ from flexpert.parallel.environment import is_first
 from flexpert.signals import REQUEUE
 from flexpert.testing import VARIABLE, Fault, faults
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 
 Disk = Callable[[float], Path]
@@ -168,7 +170,6 @@ def test_room_is_what_is_free_and_what_older_steps_hold(disk: Disk) -> None:
     assert names(path) == ["step-000000003"]
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_without_a_checkpoint_and_ends_cleanly_without_the_last(
     road: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +192,6 @@ def test_a_run_goes_on_without_a_checkpoint_and_ends_cleanly_without_the_last(
         assert (path / "run/model" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.slow
 def test_a_run_whose_first_checkpoint_has_no_room_does_not_begin(road: Path, disk: Disk) -> None:
     size = used(road / "public/checkpoints/step-000000002")
     path = disk(size)
@@ -201,7 +201,6 @@ def test_a_run_whose_first_checkpoint_has_no_room_does_not_begin(road: Path, dis
     assert "\n" not in str(caught.value) and not (path / "run/metrics.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_the_step_before_a_damaged_one(
     road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +236,6 @@ def command(road: Path, output: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "flexpert", "pretrain", *words]
 
 
-@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_and_cannot_save_is_started_again_all_the_same(road: Path, tmp_path: Path) -> None:
     planted = [{"action": "TERM", "phase": "backward", "step": 3}, {"action": "full", "phase": "shard", "step": 3}]
     environment = os.environ | {VARIABLE: json.dumps(planted)}
@@ -247,7 +245,6 @@ def test_a_run_that_is_told_to_stop_and_cannot_save_is_started_again_all_the_sam
     assert envelope.steps(tmp_path / "run/checkpoints") == [2]
 
 
-@pytest.mark.slow
 def test_a_log_on_the_full_disk_ends_nothing(road: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         assert subprocess.run(command(road, tmp_path / "run"), stdout=full, stderr=full, check=False).returncode == 0

@@ -19,6 +19,8 @@ from flexpert_kernels.grouped_mm.rows import rows_kernel
 from flexpert_kernels.grouped_mm.up import up_kernel
 from flexpert_kernels.tuning import Config, candidates
 
+pytestmark = pytest.mark.slow
+
 RESOURCES = Path(__file__).with_name("resources.json")
 HIDDEN, FFN, EXPERTS, TOP_K = 4096, 11008, 8, 2
 INDICES = {"order": "*i32", "offsets": "*i32"}

@@ -11,6 +11,8 @@ from toy import SHAPE
 
 from flexpert.config.compose import compose
 
+pytestmark = pytest.mark.slow
+
 #: What a shell, Slurm and the stages' own grammar could each make something else of.
 WORDS = [
     "name=a",
@@ -39,7 +41,6 @@ def test_the_example_in_a_script_is_a_command_of_its_stage(stage: str) -> None:
     compose(stage, shlex.split(found[1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "num_nodes", "each", "threads"),
     [
@@ -71,7 +72,6 @@ def test_tasks_are(cluster: Cluster, tmp_path: Path, options: str, num_nodes: in
     assert len({names["SLURMD_NODENAME"] for _, names in tasks}) == num_nodes
 
 
-@pytest.mark.slow
 def test_a_job_that_is_lost_at_every_start_is_given_up_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
     """As where a container cannot start: every task is killed before it has done anything."""
     (tmp_path / "lost").write_text('[[ "$*" == *restarts* ]] && exec "$@"\nkill -9 $$')
@@ -87,7 +87,6 @@ def test_a_job_that_is_lost_at_every_start_is_given_up_with_the_reason(cluster: 
     assert len(reason) == 1 and f"3 starts of this job in a row made no new checkpoint in {tmp_path}/run" in reason[0]
 
 
-@pytest.mark.slow
 def test_a_job_that_is_cancelled_stays_so_whatever_its_tasks_say(cluster: Cluster, tmp_path: Path) -> None:
     told = f"trap 'touch {tmp_path}/told; exit 75' TERM; touch {tmp_path}/runs; while :; do sleep 0.1; done"
     (tmp_path / "told.sh").write_text(f'[[ "$*" == *restarts* ]] && exit\n{told}')
@@ -101,7 +100,6 @@ def test_a_job_that_is_cancelled_stays_so_whatever_its_tasks_say(cluster: Cluste
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
 
 
-@pytest.mark.slow
 def test_a_mistake_ends_the_job_with_its_line(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit_stage("pretrain", ["train.stepz=4"], f"--output={tmp_path}/log", "--nodes=2")
     end = cluster.wait(job)

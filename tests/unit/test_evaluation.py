@@ -229,6 +229,7 @@ def test_leaving_one_out_changes_nothing_but_that_expert(road: Path, models: Pat
     assert [method["active_experts"] for method in methods.values()] == [3, 2, 2]
 
 
+@pytest.mark.slow
 def test_leaving_one_out_where_the_public_expert_is_excluded(road: Path, models: Path, tmp_path: Path) -> None:
     options = ["leave_one_out=true", "exclude=[public]"]
     methods = evaluate(road, models / "mixture", tmp_path / "a", *options)["methods"]
@@ -279,6 +280,7 @@ def test_a_mistake_is_found_before_anything_is_scored(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_baseline_of_another_tokenizer_vocabulary_or_shape(
     road: Path, models: Path, tmp_path: Path, refused: Refused
 ) -> None:

@@ -20,6 +20,8 @@ from flexpert.config.compose import compose
 from flexpert.launch.pipeline import run
 from flexpert.lock import exclusive
 
+pytestmark = pytest.mark.slow
+
 Refused = Callable[..., AbstractContextManager[None]]
 HOLDER = """
 import sys

@@ -13,6 +13,8 @@ from flexpert.data.hashes import open_hashes
 from flexpert.data.indexed import IndexedTokens
 from flexpert.data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEXTS = make_texts(210)
 NUM_SHARDS = 3
 
