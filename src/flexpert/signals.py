@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from flexpert.parallel.environment import is_first
 
@@ -43,10 +44,14 @@ def receive(number: int, frame: FrameType | None) -> None:
     _received = signal.Signals(number)
     if _deferred and not is_second:
         return
+    stop(_received)
+
+
+def stop(received: signal.Signals) -> NoReturn:
     if is_first():
         goes_on = "started again, a pipeline goes on, and training from its last checkpoint; other stages begin anew"
         with contextlib.suppress(OSError):  # not `print`, which may be what is interrupted here
-            os.write(2, f"flexpert: stopped by {_received.name}; {goes_on}\n".encode())
+            os.write(2, f"flexpert: stopped by {received.name}; {goes_on}\n".encode())
     raise Stopped
 
 
@@ -73,5 +78,5 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferred = False
-    if requested():
-        raise Stopped
+    if _received is not None:
+        stop(_received)

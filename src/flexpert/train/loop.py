@@ -198,8 +198,8 @@ class Trainer:
             stack.enter_context(deferred())
             self.failed = True
             for callback in self.callbacks:
-                stack.callback(self.leave, callback)
                 callback.before_run(self)
+                stack.callback(self.leave, callback)
             if any(self.ranks.any(requested())):
                 raise Stopped  # there is nothing to save yet
             with compiled(self.model, self.compiled), self.prefetch, self.watchdog():
