@@ -343,8 +343,10 @@ def load(
         damaged.append((step, damage))
     else:
         if damaged:
+            found = "; ".join(damage for _, damage in damaged)
             raise UserError(
-                f"no checkpoint in {directory} is whole: {damaged[0][1]}; to begin anew, choose another output_dir"
+                f"no checkpoint in {directory} is whole: {found}; put back what is missing or altered, or choose "
+                "another output_dir to begin anew"
             )
         return None
     accept(record)

@@ -69,8 +69,8 @@ def open_key(directory: Path) -> bytes:
         if not path.exists() and not path.is_symlink():
             if steps(directory):
                 raise UserError(
-                    f"{path} is missing, with which this run's checkpoints are signed (those of schema 1 are not: only "
-                    "the version of Flexpert that wrote them can resume)"
+                    f"{path} is missing, with which this run's checkpoints are signed: put it back, or choose another "
+                    "output_dir to begin anew (those of schema 1 have none: go on with the version that wrote them)"
                 )
             make_key(path)
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="ascii") as file:
@@ -81,8 +81,8 @@ def open_key(directory: Path) -> bytes:
         raise UserError(f"{path} cannot be used as the key of this run's checkpoints: {error.strerror}") from None
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
         raise UserError(
-            f"{path} must be a file of yours with mode 600, or others could pass off files as this run's checkpoints: "
-            "if none can have, take it over (chown, chmod 600)"
+            f"{path} must be a file of yours with mode 600, or others could pass off files as this run's checkpoints; "
+            "if you trust those that could read it, chmod 600 it"
         )
     if re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", text) is None:
         raise UserError(f"{path} is no key of ours")
@@ -227,7 +227,7 @@ def check_room(directory: Path, num_bytes: int, every: int | None = None) -> Non
     paths = [step_path(directory, step) for step in older(directory, 1, every)]
     if free + sum(file.stat().st_size for path in paths for file in path.glob("*")) < num_bytes:
         raise UserError(
-            f"{directory} has {free / 2**30:.2f} GiB free and a checkpoint takes {num_bytes / 2**30:.2f} GiB: "
+            f"{directory} has {free / 2**20:,.0f} MiB free and a checkpoint takes {num_bytes / 2**20:,.0f} MiB: "
             "make room, or choose an output_dir on another file system"
         )
 

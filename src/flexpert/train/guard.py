@@ -42,7 +42,8 @@ class Guard:
             far, usual = self.deviation(name, value)
             if self.threshold is not None and far > self.threshold:
                 shown = (value, usual) if name == "loss" else (math.exp(value), math.exp(usual))
-                return f"{name} {shown[0]:.4g} is {far:.0f} robust standard deviations above {shown[1]:.4g}"
+                above = f"{far:.3g} robust standard deviations above {shown[1]:.4g}"
+                return f"{name} {shown[0]:.4g} is {above} (train.spike_threshold={self.threshold:g})"
         return None
 
     def accept(self, loss: float, grad_norm: float) -> None:
