@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ PHASES = {
     "commit": (INTERVAL, 1, 3, True), "committed": (INTERVAL, 1, 3, True), "retention": (INTERVAL, 1, 3, True),
 }  # fmt: skip
 SIGNALS = ["TERM", "INT", "USR1", "USR2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heeding() -> Iterator[None]:
+    """A shell starts what it runs in the background with SIGINT ignored, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
