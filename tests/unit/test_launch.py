@@ -14,7 +14,7 @@ import pytest
 from processes import runs
 
 from flexpert.config.compose import compose
-from flexpert.config.groups import LauncherConfig
+from flexpert.config.launcher import LauncherConfig
 from flexpert.errors import UserError
 from flexpert.launch import display, graph
 from flexpert.launch.graph import Node, Records, build_graph, output_files
@@ -335,7 +335,7 @@ def test_the_newest_progress_of_a_running_stage_is_found_in_its_log(
 KILLED = """
 import sys, time
 from pathlib import Path
-from flexpert.config.groups import LauncherConfig
+from flexpert.config.launcher import LauncherConfig
 from flexpert.launch.graph import Node
 from flexpert.launch.local import LocalLauncher
 run, sys.executable = Path(sys.argv[1]), sys.argv[2]

@@ -12,12 +12,10 @@ from flexpert.config.groups import (
     CheckpointConfig,
     ComputeConfig,
     EvaluateDataConfig,
-    LauncherConfig,
     ModelConfig,
     MonitorConfig,
     OptimConfig,
     ParallelConfig,
-    PipelineGraphConfig,
     PrepareDataConfig,
     PrepareParallelConfig,
     RouterConfig,
@@ -25,6 +23,7 @@ from flexpert.config.groups import (
     TrainDataConfig,
     TrainTokenizerConfig,
 )
+from flexpert.config.launcher import LauncherConfig, PipelineGraphConfig
 from flexpert.config.options import (
     EXPERT_ID,
     Lockable,

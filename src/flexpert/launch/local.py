@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from flexpert.config.groups import LauncherConfig
+from flexpert.config.launcher import LauncherConfig
 from flexpert.launch.graph import Node
 from flexpert.launch.walk import Ended
 from flexpert.signals import Stopped, interrupted
