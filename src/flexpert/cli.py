@@ -33,6 +33,9 @@ STAGES = {
 #: ends all when one has ended.
 AFTER_FIRST = 2.0
 
+#: Stages whose output is a log, which they can do without; others print what they were asked for.
+TRAINING = ("pretrain", "expert", "tune_router")
+
 #: Stages that several processes run together, started by torchrun or srun.
 PARALLEL = ("pretrain", "expert", "tune_router", "evaluate", "generate")
 
@@ -60,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if argv is None else argv
     signals.install()
-    if (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__):  # and nothing that a test has put there
+    is_real = (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__)  # and nothing that a test has put there
+    if is_real and arguments[:1] and arguments[0] in TRAINING:
         sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     adopt_slurm()
     if not is_first():

@@ -249,3 +249,10 @@ def test_a_log_on_the_full_disk_ends_nothing(road: Path, tmp_path: Path) -> None
     with open("/dev/full", "w") as full:
         assert subprocess.run(command(road, tmp_path / "run"), stdout=full, stderr=full, check=False).returncode == 0
     assert (tmp_path / "run/model").is_dir()
+
+
+def test_what_was_asked_for_is_not_lost_in_silence() -> None:
+    """Of stages that do not train, the output is the result."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "flexpert", "--help"], stdout=full, stderr=full, check=False)
+    assert done.returncode != 0

@@ -56,7 +56,7 @@ class MetricsLog:
         """Try a last time. Rows that are lost are counted in one line; the error is not raised."""
         if not self.sync() and self.num_pending:
             rows = f"{self.num_pending} rows (steps {self.kept[self.num_written][0]} to {self.kept[-1][0]})"
-            print_anyway(f"note: {rows} could not be written to {self.path} ({self.reason()})")
+            print(f"note: {rows} could not be written to {self.path} ({self.reason()})", flush=True)
         self.release()
 
     def attempt(self, durably: bool) -> bool:
@@ -69,11 +69,11 @@ class MetricsLog:
             is_new, self.error = self.error is None, error
             if is_new:
                 kept = "rows are kept in memory until it can"
-                print_anyway(f"note: {self.path} cannot be written ({self.reason()}): {kept}")
+                print(f"note: {self.path} cannot be written ({self.reason()}): {kept}", flush=True)
             return False
         if self.error is not None:
             self.error = None
-            print_anyway(f"note: {self.path} can be written again, and has every row")
+            print(f"note: {self.path} can be written again, and has every row", flush=True)
         return True
 
     def append(self) -> None:
@@ -133,12 +133,6 @@ class MetricsLog:
     def reason(self) -> str:
         assert self.error is not None
         return self.error.strerror or str(self.error)
-
-
-def print_anyway(line: str) -> None:
-    """A note ends no training, also where the output goes to the disk that is full."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)
 
 
 def end_of_rows(path: Path, last_step: int) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
-from flexpert.monitor.jsonl import print_anyway
 
 #: Groups and keys whose numbers and switches W&B may see. Paths, titles, prompts and anything new stay here.
 ALLOWED_GROUPS = ("model.", "optim.", "train.")
@@ -200,7 +199,7 @@ class WandbRun:
 
     def leave(self, what: str) -> None:
         self.is_left = True
-        print_anyway(f"note: W&B {what}: the run goes on without it, metrics.jsonl has every row")
+        print(f"note: W&B {what}: the run goes on without it, metrics.jsonl has every row", flush=True)
         kill_service()  # which ends what the thread waits for
         self.thread.join(END_SECONDS)
 
@@ -240,7 +239,7 @@ class WandbRun:
             kill_service()  # which still holds the run's name
             self.forget()
             later = f"`wandb sync {self.output / 'wandb'}/offline-run-*` uploads it"
-            print_anyway(f"note: {describe(error)}: this run is recorded offline, and {later}")
+            print(f"note: {describe(error)}: this run is recorded offline, and {later}", flush=True)
             return start_run(self.config, "offline", self.stage, self.output, self.flat, self.id)
 
 

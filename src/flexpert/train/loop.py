@@ -337,7 +337,7 @@ class Trainer:
             "loss": nll,
             "z_loss": z,
             "router_z_loss": router_z,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": judged[1],
             "lr": lr,
             "skipped_steps": self.skipped_steps,
             "step_seconds": seconds,
