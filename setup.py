@@ -1,4 +1,4 @@
-"""Packaging. `conf/` and `kernels/` lie beside `src/` in the tree and are packages of the same wheel.
+"""Packaging. `conf/`, `kernels/` and `slurm/` lie beside `src/` in the tree and are packages of the same wheel.
 
 The reason for each dependency and its bounds is in docs/dependencies.md.
 """
@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 
 EMBED = ["sentence-transformers>=6,<7"]
 PARALLEL = ["megatron-core==0.16.1"]
+SWEEP = ["hydra-submitit-launcher==1.2.0"]
 TEST = [
     "hypothesis>=6,<7",
     "mypy>=1.18,<3",
@@ -30,9 +31,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=[*find_packages("src"), *find_packages("kernels"), "flexpert.conf"],
-    package_dir={"": "src", "flexpert_kernels": "kernels/flexpert_kernels", "flexpert.conf": "conf"},
-    package_data={"flexpert.conf": ["*.yaml", "*/*.yaml"], "flexpert": ["py.typed"]},
+    packages=[*find_packages("src"), *find_packages("kernels"), "flexpert.conf", "flexpert.slurm"],
+    package_dir={
+        "": "src",
+        "flexpert_kernels": "kernels/flexpert_kernels",
+        "flexpert.conf": "conf",
+        "flexpert.slurm": "slurm",
+    },
+    package_data={
+        "flexpert.conf": ["*.yaml", "*/*.yaml"],
+        "flexpert.slurm": ["*.sbatch", "*.sh"],
+        "flexpert": ["py.typed"],
+    },
     entry_points={"console_scripts": ["flexpert = flexpert.cli:main"]},
     install_requires=[
         "hydra-core>=1.3.2,<1.4",
@@ -51,7 +61,8 @@ setup(
         "wandb": ["wandb>=0.19,<1"],
         "embed": EMBED,
         "parallel": PARALLEL,
+        "sweep": SWEEP,
         "te": ["transformer-engine[pytorch]>=2.15,<3"],
-        "test": [*TEST, *EMBED, *PARALLEL, "wandb>=0.19,<1"],
+        "test": [*TEST, *EMBED, *PARALLEL, *SWEEP, "wandb>=0.19,<1"],
     },
 )

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 KEEPER = Path(__file__).with_name("keeper.py")
@@ -123,10 +123,11 @@ class Cluster:
 
     Args:
         num_nodes, cpus, gpus: how many nodes, and CPUs and pretended GPUs of each.
+        within: a command in which each node is started.
     """
 
-    def __init__(self, directory: Path, num_nodes: int, cpus: int, gpus: int) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, num_nodes: int, cpus: int, gpus: int, within: list[str]) -> None:
+        self.directory, self.within = directory, within
         self.nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
         # What a job around the tests has set is not for the jobs in here.
         outside = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
@@ -180,7 +181,7 @@ class Cluster:
         wait_for("slurmctld", lambda: "is UP" in self.run("scontrol", "ping", check=False), 30)
 
     def start_node(self, node: str) -> None:
-        self.start_daemon(node, "slurmd", "-D", "-N", node)
+        self.start_daemon(node, *self.within, "slurmd", "-D", "-N", node)
 
     def wait_for_node(self, node: str) -> None:
         """Until it can take jobs."""
@@ -216,21 +217,32 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
+    @contextlib.contextmanager
+    def login(self, **environment: str) -> Iterator[None]:
+        """While the block runs, this process is one on a login node of the cluster."""
+        before = dict(os.environ)
+        os.environ |= self.environment | environment
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
     def submit(self, *arguments: str | Path, **environment: str) -> int:
         """A job of `sbatch ARGUMENTS`; returns its id."""
-        return int(self.run("sbatch", "--parsable", *map(str, arguments), **environment))
+        return int(self.run("sbatch", "--parsable", *map(str, arguments), check=True, **environment))
 
     def submit_stage(self, stage: str, words: list[str], *options: str, **environment: str) -> int:
         """`sbatch OPTIONS slurm/STAGE.sbatch WORDS`, as one would type it; one thread where nothing else is said."""
         environment = {"OMP_NUM_THREADS": "1", **environment}
         return self.submit(*options, SCRIPTS / f"{stage}.sbatch", *words, **environment)
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """Everything that `scontrol show job` says: JobState, Reason, Restarts, ExitCode, …"""
         text = self.run("scontrol", "show", "job", "-o", str(number))
         return dict(re.findall(r"(?:^| )(\w[\w:/]*)=(.*?)(?= \w[\w:/]*=|\s*$)", text))
 
-    def wait(self, number: int, *states: str, seconds: float = 60.0) -> dict[str, str]:
+    def wait(self, number: int | str, *states: str, seconds: float = 60.0) -> dict[str, str]:
         """Until a job is in one of these states, or has ended where none is given; returns its `job`."""
         wanted, job = states or ENDED, self.job(number)
         deadline = time.monotonic() + seconds
@@ -240,18 +252,18 @@ class Cluster:
             job = self.job(number)
         return job
 
-    def completed(self, number: int, seconds: float = 120.0) -> dict[str, str]:
+    def completed(self, number: int | str, seconds: float = 120.0) -> dict[str, str]:
         """`wait` for a job that ends well."""
         end = self.wait(number, seconds=seconds)
         assert end["JobState"] == "COMPLETED", f"{end}\n{self.log(number)}"
         return end
 
-    def log(self, number: int) -> str:
+    def log(self, number: int | str) -> str:
         """What a job has printed, in all of its starts."""
         path = Path(self.job(number)["StdOut"])
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def start_again(self, number: int, restarts: int) -> None:
+    def start_again(self, number: int | str, restarts: int) -> None:
         """Start a job that was requeued for the `restarts`-th time without waiting until its credential has expired."""
         requeued = str(restarts)
         wait_for(f"requeue {restarts} of job {number}", lambda: self.job(number)["Restarts"] == requeued, 90)
@@ -267,12 +279,12 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(num_nodes: int = 3, cpus: int = 16, gpus: int = 0) -> Iterator[Cluster]:
-    """A cluster while the block runs."""
+def running(num_nodes: int = 3, cpus: int = 16, gpus: int = 0, within: Iterable[str] = ()) -> Iterator[Cluster]:
+    """A cluster while the block runs; arguments as `Cluster`'s."""
     # Slurm's sockets are in it, whose paths may have 108 bytes: pytest's own directories are too deep.
     directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
-        cluster = Cluster(directory, num_nodes, cpus, gpus)
+        cluster = Cluster(directory, num_nodes, cpus, gpus, list(within))
         try:
             cluster.start()
             yield cluster

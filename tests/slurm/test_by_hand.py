@@ -124,7 +124,7 @@ def run_without_slurm(num_ranks: int, words: list[str]) -> None:
 
 def resumed(log: str) -> list[int]:
     """The steps that a job has gone on from."""
-    return [int(step) for step in re.findall(r"^resuming .* from step (\d+)$", log, re.MULTILINE)]
+    return [int(step) for step in re.findall(r"^0: resuming .* from step (\d+)$", log, re.MULTILINE)]
 
 
 def test_training_that_is_told_to_stop_requeued_and_loses_its_node_ends_as_if_nothing_had_happened(

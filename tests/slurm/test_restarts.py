@@ -9,7 +9,7 @@ import pytest
 from flexpert.checkpoint.envelope import set_aside, step_path
 from flexpert.errors import UserError
 from flexpert.launch import restarts
-from flexpert.launch.restarts import check, in_vain
+from flexpert.launch.restarts import check_restarts, in_vain
 
 
 def save(run: Path, step: int) -> None:
@@ -64,6 +64,6 @@ def test_a_full_disk_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_third_start_in_vain_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     words = ["data.documents=x", "tokenizer=x", f"output_dir={tmp_path}/data"]
-    check(2, "prepare", words)
+    check_restarts(2, "prepare", words)
     with pytest.raises(UserError, match=f"3 starts of this job in a row made no new checkpoint in {tmp_path}/data"):
-        check(3, "prepare", words)
+        check_restarts(3, "prepare", words)

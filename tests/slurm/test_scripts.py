@@ -23,20 +23,20 @@ WORDS = [
     "~",
     "a  b",
 ]
-#: In the place of `FLEXPERT_RUN`'s container; the question whether a start is worthwhile is answered with yes.
-ANSWER = 'import sys\nif "flexpert.launch.restarts" in sys.argv: sys.exit()\n'
-RECORD = f"""{ANSWER}
-import json, os
+#: In the place of `FLEXPERT_RUN`'s container; whether a start is worthwhile, these words would not let it say.
+RECORD = """
+import json, os, sys
+if "flexpert.launch.job" in sys.argv: sys.exit()
 names = "SLURM_STEP_NUM_TASKS SLURM_PROCID SLURM_LOCALID SLURMD_NODENAME CUDA_VISIBLE_DEVICES OMP_NUM_THREADS"
-with open(f"{{os.environ['RECORDS']}}/{{os.environ['SLURM_PROCID']}}", "w") as file:
-    json.dump([sys.argv[1:], {{name: os.environ.get(name) for name in names.split()}}], file)
+with open(f"{os.environ['RECORDS']}/{os.environ['SLURM_PROCID']}", "w") as file:
+    json.dump([sys.argv[1:], {name: os.environ.get(name) for name in names.split()}], file)
 """
 
 
-@pytest.mark.parametrize("stage", sorted(path.stem for path in SCRIPTS.iterdir()))
+@pytest.mark.parametrize("stage", sorted(path.stem for path in SCRIPTS.glob("*.sbatch")))
 def test_the_example_in_a_script_is_a_command_of_its_stage(stage: str) -> None:
     text = (SCRIPTS / f"{stage}.sbatch").read_text(encoding="utf-8")
-    found = re.search(rf"#   sbatch .* slurm/{stage}\.sbatch \\\n#       (.*)\n", text)
+    found = re.search(rf"#   sbatch .* slurm/{stage}\.sbatch (?:\\\n#       )?(.*)\n", text)
     assert found is not None
     compose(stage, shlex.split(found[1]))
 
@@ -74,13 +74,13 @@ def test_tasks_are(cluster: Cluster, tmp_path: Path, options: str, num_nodes: in
 
 def test_a_job_that_is_lost_at_every_start_is_given_up_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
     """As where a container cannot start: every task is killed before it has done anything."""
-    (tmp_path / "lost").write_text('[[ "$*" == *restarts* ]] && exec "$@"\nkill -9 $$')
+    (tmp_path / "lost").write_text('[[ "$*" == *launch.job* ]] && exec "$@"\nkill -9 $$')
     words = [*SHAPE, "data.dir=nowhere", "train.steps=4", f"output_dir={tmp_path}/run"]
     job = cluster.submit_stage("pretrain", words, f"--output={tmp_path}/log", FLEXPERT_RUN=f"bash {tmp_path}/lost")
     for restart in (1, 2):
         cluster.start_again(job, restart)
     end = cluster.wait(job)
-    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "2", "137:0")
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "2", "2:0")
     log = (tmp_path / "log").read_text()
     assert log.count("task 0: Killed") == 3
     reason = [line for line in log.splitlines() if line.startswith("flexpert: ")]
@@ -89,9 +89,9 @@ def test_a_job_that_is_lost_at_every_start_is_given_up_with_the_reason(cluster: 
 
 def test_a_job_that_is_cancelled_stays_so_whatever_its_tasks_say(cluster: Cluster, tmp_path: Path) -> None:
     told = f"trap 'touch {tmp_path}/told; exit 75' TERM; touch {tmp_path}/runs; while :; do sleep 0.1; done"
-    (tmp_path / "told.sh").write_text(f'[[ "$*" == *restarts* ]] && exit\n{told}')
+    (tmp_path / "told.sh").write_text(f'[[ "$*" == *launch.job* ]] && exec "$@"\n{told}')
     job = cluster.submit_stage(
-        "expert", ["name=a"], f"--output={tmp_path}/log", FLEXPERT_RUN=f"bash {tmp_path}/told.sh"
+        "assemble", ["base=a", "contributions=b"], f"--output={tmp_path}/log", FLEXPERT_RUN=f"bash {tmp_path}/told.sh"
     )
     wait_for("the task", (tmp_path / "runs").exists, 60)
     cluster.run("scancel", str(job))
@@ -104,5 +104,6 @@ def test_a_mistake_ends_the_job_with_its_line(cluster: Cluster, tmp_path: Path) 
     job = cluster.submit_stage("pretrain", ["train.stepz=4"], f"--output={tmp_path}/log", "--nodes=2")
     end = cluster.wait(job)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "2:0")
-    (line,) = (tmp_path / "log").read_text().splitlines()
+    start, line = (tmp_path / "log").read_text().splitlines()
+    assert re.fullmatch(rf"--- pretrain: job {job}, start 1 at \S+ on n\[\d-\d\]", start)
     assert line.startswith("flexpert: unknown key 'train.stepz' for stage pretrain; did you mean train.steps?")

@@ -18,8 +18,8 @@ from flexpert.config.launcher import LauncherConfig
 from flexpert.errors import UserError
 from flexpert.launch import display, graph
 from flexpert.launch.graph import Node, Records, build_graph, output_files
-from flexpert.launch.local import LocalLauncher
-from flexpert.launch.pipeline import check_evaluable, compose_all, run
+from flexpert.launch.local import LocalLauncher, last_line
+from flexpert.launch.pipeline import check_begun, check_evaluable, compose_all, run
 from flexpert.launch.walk import Ended, StageFailed, Walk
 
 Refused = Callable[..., AbstractContextManager[None]]
@@ -31,7 +31,7 @@ def smoke_nodes(*overrides: str) -> dict[str, Node]:
 
 
 def smoke_configs(*overrides: str) -> dict[str, Any]:
-    return compose_all(list(smoke_nodes(*overrides).values()))
+    return {name: config for name, (config, _) in compose_all(list(smoke_nodes(*overrides).values())).items()}
 
 
 def test_the_users_overrides_win_over_the_pipelines_defaults() -> None:
@@ -78,13 +78,19 @@ def test_the_dense_fine_tunes_see_as_much_public_text_as_they_are_told() -> None
     assert smoke_configs()["dense/math"].data.dir == "run/data/math"
     nodes = smoke_nodes("pipeline.dense_public_share=0.25")
     assert nodes["dense/math"].needs == ("public", "data/math", "data/public")
-    data = compose_all([*nodes.values()])["dense/math"].data
+    data = smoke_configs("pipeline.dense_public_share=0.25")["dense/math"].data
     assert data.dirs == {"own": "run/data/math", "public": "run/data/public"}
     assert data.weights == {"own": 0.75, "public": 0.25}
 
 
 MISTAKES = [
     (["pipeline.dense_public_share=1"], ("pipeline.dense_public_share=1",)),
+    (["pipeline.required=[code]"], ("pipeline.required", "code is not one of math, news")),
+    (["pipeline.processes={prepare:2}"], ("pipeline.processes.prepare=2", "runs in one process")),
+    (["pipeline.resources={experts/code:[--nodes=2]}"], ("pipeline.resources.experts/code is neither a stage nor",)),
+    (["launcher.options=[-N2]"], ("launcher.options: '-N2' is not an option of sbatch in its long form",)),
+    (["launcher.jobs={expert:[--array=0-3]}"], ("launcher.jobs.expert: --array is said by the pipeline itself",)),
+    (["launcher.dry_run=true"], ("launcher.dry_run=true is Slurm's",)),
     (["pipeline.expert=[train.steps=1,optim.lrate=1]"], ("experts/math: unknown key 'optim.lrate'",)),
     (["pipeline.evaluate=[sequence_length=long]"], ("evaluation: sequence_length", "long")),
     (["pipeline.experts.news=[data=demo_newts]"], ("data/news: there is no data=demo_newts",)),
@@ -111,7 +117,7 @@ def test_a_mistake_is_told_before_anything_starts(
 @pytest.mark.parametrize("pipeline", ["demo", "smoke"])
 def test_the_pipelines_that_come_along_pass_these_checks(pipeline: str) -> None:
     config = compose("pipeline", [f"pipeline={pipeline}"])[0]
-    check_evaluable(config.pipeline.gates, compose_all(build_graph(config))["evaluation"])
+    check_evaluable(config.pipeline.gates, compose_all(build_graph(config))["evaluation"][0])
 
 
 @pytest.mark.slow
@@ -223,11 +229,11 @@ def test_what_ended_while_the_walk_was_interrupted_is_recorded(tmp_path: Path) -
 def test_an_interrupt_during_hashing_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, calls = Records.write, []
 
-    def interrupted(self: Records, node: Node, graph: dict[str, Node]) -> None:
+    def interrupted(self: Records, node: Node) -> None:
         calls.append(node.name)
         if calls == ["base"]:
             raise KeyboardInterrupt
-        write(self, node, graph)
+        write(self, node)
 
     monkeypatch.setattr(Records, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -260,10 +266,11 @@ def test_a_link_is_deleted_and_not_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     node.output.parent.mkdir()
     node.output.symlink_to(tmp_path / "elsewhere")
-    Records(tmp_path / "run").begin(node)
+    Records(tmp_path / "run").begin(node, {node.name: node})
     assert not node.output.is_symlink() and (tmp_path / "elsewhere").is_dir()
+    other = Node("whole", "assemble", (), tmp_path / "elsewhere")
     with pytest.raises(AssertionError):
-        Records(tmp_path / "run").begin(Node("whole", "assemble", (), tmp_path / "elsewhere"))
+        Records(tmp_path / "run").begin(other, {other.name: other})
 
 
 def test_a_conflict_is_found_behind_a_node_that_must_run(tmp_path: Path) -> None:
@@ -299,6 +306,21 @@ def test_a_process_that_fails_is_quoted_and_one_that_runs_is_stopped(
     before = time.monotonic()
     assert [(ended.node.name, ended.status) for ended in launcher.stop()] == [("a", -15), ("b", -15)]
     assert time.monotonic() - before < 10 and launcher.poll() == []
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("", "it printed nothing"),
+        ("note: a\nflexpert: it is wrong\n", "it is wrong"),
+        ("0: flexpert: it is wrong\nsrun: error: n[1-2]: tasks 0-1: Exited with exit code 2\n", "it is wrong"),
+        ("12: step 3\nsrun: error: n1: task 0: Out Of Memory\n", "srun: error: n1: task 0: Out Of Memory"),
+        ("srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=7.0\n", "srun: error: n1: task 0: Killed"),
+    ],
+    ids=["silent", "here", "several tasks", "out of memory", "killed"],
+)
+def test_the_reason_of_a_failure_is_what_the_stage_or_what_ended_it_says(output: str, reason: str) -> None:
+    assert last_line(output) == reason
 
 
 def stage_script(path: Path, body: str) -> Path:
@@ -341,7 +363,7 @@ from flexpert.launch.local import LocalLauncher
 run, sys.executable = Path(sys.argv[1]), sys.argv[2]
 launcher = LocalLauncher(LauncherConfig(kind="local", max_jobs=1), run)
 launcher.start(Node("long", "long", (), run / "long"))
-print(launcher.jobs[0].process.pid, flush=True)
+print(launcher.jobs[0].processes[0].pid, flush=True)
 time.sleep(60)
 """
 
@@ -368,17 +390,16 @@ def test_large_files_of_a_data_set_are_known_by_their_size(tmp_path: Path, monke
         Node("public", "pretrain", (), tmp_path / "public/model", ("data",)),
     ]
     contents = {"manifest.json": b"m" * 60, "train.bin": b"t" * 51, "train.idx": b"i" * 50, "tokenizer/t.json": b"j"}
+    records, by_name = Records(tmp_path), {node.name: node for node in nodes}
     for node in nodes:
+        records.begin(node, by_name)
         for name, content in contents.items():
             (node.output / name).parent.mkdir(parents=True, exist_ok=True)
             (node.output / name).write_bytes(content)
+        records.write(node)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     assert output_files(nodes[0]) == hashes | {"train.bin": "51 bytes"}
     assert output_files(nodes[1]) == hashes
-    records, by_name = Records(tmp_path), {node.name: node for node in nodes}
-    records.directory.mkdir()
-    for node in nodes:
-        records.write(node, by_name)
     assert records.complete(nodes) == {"data", "public"}
     changes = [("data/train.bin", b"t" * 52), ("data/manifest.json", b"M" * 60), ("data/tokenizer/t.json", b"k")]
     for path, content in [*changes, ("public/model/train.bin", b"T" * 51)]:
@@ -397,3 +418,40 @@ def test_records_hold_the_recipe_and_the_files(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "stages/expert.json").read_text())
     assert (record["stage"], record["overrides"]) == ("expert", ["b=2"])
     assert record["inputs"].keys() == {"base"} and record["files"].keys() == {"weights"}
+
+
+def test_a_node_is_recorded_with_what_there_was_when_it_began(tmp_path: Path) -> None:
+    """What it wants and comes while it runs is not in it: it is made anew."""
+    names = ("math", "news")
+    experts = [Node(f"experts/{name}", "expert", (), tmp_path / name) for name in names]
+    model = Node("assembled", "assemble", (), tmp_path / "model", ("experts/math",), ("experts/news",))
+    records, by_name = Records(tmp_path), {node.name: node for node in (*experts, model)}
+
+    def make(node: Node) -> None:
+        records.begin(node, by_name)
+        node.output.mkdir()
+        (node.output / "file").write_text(node.name)
+        records.write(node)
+
+    make(experts[0])
+    records.begin(model, by_name)
+    model.output.mkdir()
+    make(experts[1])
+    records.write(model)
+    assert records.is_stale(model, by_name) and not records.is_complete(model, by_name)
+    make(model)
+    assert records.complete(list(by_name.values())) == by_name.keys()
+
+
+def test_training_that_has_begun_with_other_settings_is_told_before_anything_starts(tmp_path: Path) -> None:
+    words = ["data.dir=/d", "train.steps=9", f"output_dir={tmp_path}/public"]
+    (node,) = nodes = [Node("public", "pretrain", tuple(words), tmp_path / "public/model")]
+    node.directory.mkdir()
+    (node.directory / "resolved.yaml").write_text(compose("pretrain", words)[1])
+    (node.directory / "metrics.jsonl").write_text("{}\n")
+    same, other = (compose("pretrain", [*words, word])[1] for word in ("monitor.log_interval=3", "optim.lr=1e-2"))
+    check_begun(nodes, set(), {"public": same})
+    check_begun(nodes, {"public"}, {"public": other})
+    told = rf"public: .* optim.lr was 0.0009 and is 0.01; .*, or delete {node.directory} to begin it anew"
+    with pytest.raises(UserError, match=told):
+        check_begun(nodes, set(), {"public": other})

@@ -8,16 +8,30 @@ In a stage's overrides the pipeline's defaults (seed, monitor) come first, then 
 stages together: the user's win over the former, and cannot undo the latter.
 """
 
+import json
 import os
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from flexpert.config.compose import as_typed
 from flexpert.config.stages import PipelineConfig
 from flexpert.errors import UserError
-from flexpert.records import canonical_json, read_record, sha256_file, sha256_hex, write_record
+from flexpert.records import (
+    canonical_json,
+    read_json,
+    read_record,
+    sha256_file,
+    sha256_hex,
+    write_atomic,
+    write_record,
+)
 
 #: Outputs that a stage writes below its `output_dir`, beside what it resumes from.
 STAGE_OUTPUTS = ("model", "contribution", "evaluation.json")
@@ -38,8 +52,10 @@ class Node:
         overrides: its arguments.
         output: file or directory whose content the nodes after it read.
         needs: names of the nodes that must be complete before.
+        wants: names of nodes that are waited for; those that fail are done without.
         alone: gets the whole machine; the others share it.
         always: is cheap and reads more than the outputs of what it needs: runs again whenever the pipeline does.
+        processes: that run the stage together; None: nothing is said.
     """
 
     name: str
@@ -47,8 +63,10 @@ class Node:
     overrides: tuple[str, ...]
     output: Path
     needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
     alone: bool = False
     always: bool = False
+    processes: int | None = None
 
     @property
     def directory(self) -> Path:
@@ -56,8 +74,20 @@ class Node:
         return self.output.parent if self.output.name in STAGE_OUTPUTS else self.output
 
 
+@dataclass(frozen=True)
+class Made:
+    """A directory, and the nodes that it is ready after; none: it was there before the pipeline."""
+
+    path: Path
+    nodes: tuple[str, ...] = ()
+
+
 def quoted(path: Path | str) -> str:
     return f'"{path}"'
+
+
+def mapping(made: dict[str, Made]) -> str:
+    return f"{{{','.join(f'{name}:{quoted(part.path)}' for name, part in made.items())}}}"
 
 
 def monitor_defaults(config: PipelineConfig, own: list[str]) -> list[str]:
@@ -73,70 +103,187 @@ def monitor_defaults(config: PipelineConfig, own: list[str]) -> list[str]:
     ]
 
 
+def read_pipeline(run: Path) -> PipelineConfig:
+    """The config of the pipeline in a run directory.
+
+    Raises:
+        UserError: it is none, or another version's.
+    """
+    path = run / "pipeline.yaml"
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.load(path)))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a pipeline of this version of Flexpert: {line}") from None
+    assert isinstance(config, PipelineConfig)
+    return config
+
+
 def build_graph(config: PipelineConfig) -> list[Node]:
     """The nodes in an order in which each comes after what it needs."""
-    run, graph = Path(config.output_dir), config.pipeline
-    seed = f"seed={config.seed}"
-    public_data = run / "data/public"
-    nodes: list[Node] = []
+    return Builder(config).build()
+
+
+class Builder:
+    """Attributes:
+    data: data sets by name.
+    contributions, dense: likewise, by expert id.
+    nodes: so far.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config, self.graph, self.run = config, config.pipeline, Path(config.output_dir)
+        self.nodes: list[Node] = []
+        self.data: dict[str, Made] = {name: Made(Path(path)) for name, path in self.graph.prepared.items()}
+        self.contributions: dict[str, Made] = {}
+        self.dense: dict[str, Made] = {}
+
+    def build(self) -> list[Node]:
+        self.add_data()
+        self.add_base()
+        for name in self.graph.experts:
+            self.add_expert(name)
+        for name, path in self.graph.contributions.items():
+            self.add_sent_contribution(name, Path(path))
+        for name in self.graph.experts if self.graph.dense is not None else ():
+            self.add_dense(name, self.graph.dense or [])
+        self.add_model()
+        self.add_evaluation()
+        return self.nodes
 
     def add(
-        name: str, stage: str, overrides: list[str], output: str, needs: list[str],
-        alone: bool = False, always: bool = False,
-    ) -> None:  # fmt: skip
-        nodes.append(Node(name, stage, tuple(overrides), run / output, tuple(needs), alone, always))
+        self, name: str, stage: str, overrides: list[str], output: str, needs: Iterable[str] = (),
+        wants: Iterable[str] = (), alone: bool = False, always: bool = False,
+    ) -> Made:  # fmt: skip
+        processes = self.graph.processes.get(name, self.graph.processes.get(stage))
+        ordered, wanted = tuple(dict.fromkeys(needs)), tuple(dict.fromkeys(wants))
+        path = self.run / output
+        node = Node(name, stage, tuple(overrides), path, ordered, wanted, alone, always, processes)
+        self.nodes.append(node)
+        return Made(path, (name,))
 
-    def training(own: list[str]) -> list[str]:
-        return [seed, *monitor_defaults(config, own)]
+    def training(self, own: list[str]) -> list[str]:
+        return [f"seed={self.config.seed}", *monitor_defaults(self.config, own)]
 
-    data = {"public": graph.public_data, **{name: [*graph.prepare, *own] for name, own in graph.experts.items()}}
-    tokenizer = public_data / "tokenizer" if graph.base is None else Path(graph.base)
-    for name, own in data.items():
-        needs = [] if name == "public" or graph.base is not None else ["data/public"]
-        wiring = [] if name == "public" and graph.base is None else [f"tokenizer={tokenizer}"]
-        wiring.append(f"output_dir={run / 'data' / name}")
-        add(f"data/{name}", "prepare", [seed, *own, *wiring], f"data/{name}", needs)
-    base, base_needs = Path(graph.base or run / "public/model"), ["public"] if graph.base is None else []
-    if graph.base is None:
-        wiring = [f"data.dir={public_data}", f"output_dir={run / 'public'}"]
-        overrides = [*training(graph.public), *graph.public, *wiring]
-        add("public", "pretrain", overrides, "public/model", ["data/public"], alone=True)
-    for name in graph.experts:
+    def add_data(self) -> None:
+        graph, has_base = self.graph, self.graph.base is not None
+        sets = {name: [*graph.prepare, *own] for name, own in graph.experts.items()}
+        if graph.public_data or not has_base:
+            sets = {"public": graph.public_data, **sets}
+        tokenizer = Path(graph.base) if graph.base is not None else self.run / "data/public/tokenizer"
+        for name, own in sets.items():
+            if name in self.data:
+                continue
+            needs = [] if name == "public" or has_base else ["data/public"]
+            wiring = [] if name == "public" and not has_base else [f"tokenizer={tokenizer}"]
+            wiring.append(f"output_dir={self.run / 'data' / name}")
+            overrides = [f"seed={self.config.seed}", *own, *wiring]
+            self.data[name] = self.add_data_set(name, overrides, needs)
+
+    def add_data_set(self, name: str, overrides: list[str], needs: list[str]) -> Made:
+        """One `prepare`, or one for each shard and one that merges them."""
+        number, path = self.graph.prepare_shards.get(name, 1), f"data/{name}"
+        if number == 1:
+            return self.add(path, "prepare", overrides, path, needs)
+        shards = [
+            self.add(
+                f"{path}/{part}-of-{number}", "prepare", [*overrides, f"shard={part}/{number}"],
+                f"{path}/shards/{part}-of-{number}", needs,
+            )
+            for part in range(number)
+        ]  # fmt: skip
+        merge = ["merge=true", f"output_dir={self.run / path}"]
+        # The shards are nodes' outputs of their own; what the merge adds is told by its manifest.
+        needs = [name for shard in shards for name in shard.nodes]
+        return Made(self.run / path, self.add(path, "prepare", merge, f"{path}/manifest.json", needs).nodes)
+
+    def add_base(self) -> None:
+        graph = self.graph
+        if graph.base is None:
+            text = self.data["public"]
+            wiring = [f"data.dir={text.path}", f"output_dir={self.run / 'public'}"]
+            overrides = [*self.training(graph.public), *graph.public, *wiring]
+            self.base = self.add("public", "pretrain", overrides, "public/model", text.nodes, alone=True)
+            return
+        self.base = Made(Path(graph.base))
+        if digest := graph.digests.get("base"):
+            wiring = [f"model={graph.base}", f"digest={digest}", f"output={self.run / 'verified/base.json'}"]
+            self.base = Made(Path(graph.base), self.add("verified/base", "verify", wiring, "verified/base.json").nodes)
+
+    def add_expert(self, name: str) -> None:
+        graph, text, public = self.graph, self.data[name], self.data.get("public")
         own = [*graph.expert, *graph.owners.get(name, [])]
-        defaults = [*training(own), f"public_data={public_data}"]
-        wiring = [f"base={base}", f"data.dir={run / 'data' / name}", f"name={name}"]
-        overrides = [*defaults, *own, *wiring, f"output_dir={run / 'experts' / name}"]
-        needs = [*base_needs, f"data/{name}", "data/public"]
-        add(f"experts/{name}", "expert", overrides, f"experts/{name}/contribution", needs)
-    for name in graph.experts if graph.dense is not None else ():
-        own, share, text = graph.dense or [], graph.dense_public_share, run / "data" / name
-        wiring = [f"base={base}", f"output_dir={run / 'dense' / name}"]
+        defaults = [*self.training(own), *([f"public_data={public.path}"] if public else [])]
+        wiring = [f"base={self.base.path}", f"data.dir={text.path}", f"name={name}"]
+        overrides = [*defaults, *own, *wiring, f"output_dir={self.run / 'experts' / name}"]
+        needs = [*self.base.nodes, *text.nodes, *(public.nodes if public else ())]
+        place = f"experts/{name}"
+        self.contributions[name] = self.add(place, "expert", overrides, f"{place}/contribution", needs)
+
+    def add_sent_contribution(self, name: str, path: Path) -> None:
+        digest = self.graph.digests.get(name)
+        wiring = [f"contribution={path}", f"base={self.base.path}", *([f"digest={digest}"] if digest else [])]
+        place = f"verified/{name}.json"
+        overrides = [*wiring, f"output={self.run / place}"]
+        verified = self.add(f"verified/{name}", "verify", overrides, place, self.base.nodes)
+        self.contributions[name] = Made(path, verified.nodes)
+
+    def add_dense(self, name: str, own: list[str]) -> None:
+        share, text = self.graph.dense_public_share, self.data[name]
+        wiring = [f"base={self.base.path}", f"output_dir={self.run / 'dense' / name}"]
+        needs = [*self.base.nodes, *text.nodes]
         if share:
-            wiring.append(f"data.dirs={{own:{quoted(text)},public:{quoted(public_data)}}}")
+            public = self.data["public"]
+            wiring.append(f"data.dirs={{own:{quoted(text.path)},public:{quoted(public.path)}}}")
             wiring.append(f"data.weights={{own:{1 - share:g},public:{share:g}}}")
+            needs += public.nodes
         else:
-            wiring.append(f"data.dir={text}")
-        needs = [*base_needs, f"data/{name}", *(["data/public"] if share else [])]
-        add(f"dense/{name}", "pretrain", [*training(own), *own, *wiring], f"dense/{name}/model", needs)
-    contributions = ",".join(quoted(run / "experts" / name / "contribution") for name in graph.experts)
-    overrides = [*graph.assemble, f"base={base}", f"contributions=[{contributions}]", f"output_dir={run / 'assembled'}"]
-    add("assembled", "assemble", overrides, "assembled", [*base_needs, *(f"experts/{name}" for name in graph.experts)])
-    model, model_node = run / "assembled", "assembled"
-    if graph.tune_router is not None:
-        wiring = [f"model={model}", f"output_dir={run / 'tuned'}"]
-        overrides = [*training(graph.tune_router), *graph.tune_router, *wiring]
-        add("tuned", "tune_router", overrides, "tuned/model", ["assembled", *(f"data/{name}" for name in data)])
-        model, model_node = run / "tuned/model", "tuned"
-    dirs = ",".join(f"{name}:{quoted(run / 'data' / name)}" for name in data)
-    overrides = [*graph.evaluate, f"model={model}", f"data.dirs={{{dirs}}}", f"baselines.public={base}"]
-    if graph.dense is not None:
-        dense = ",".join(f"{name}:{quoted(run / 'dense' / name / 'model')}" for name in graph.experts)
-        overrides.append(f"baselines.dense={{{dense}}}")
-    overrides.append(f"output_dir={run / 'evaluation'}")
-    everything = [node.name for node in nodes if node.stage != "prepare"]
-    add("evaluation", "evaluate", overrides, "evaluation/evaluation.json", [model_node, *everything], alone=True)
-    add("report", "report", [f"run={run}"], "report.html", ["evaluation"], always=True)  # it reads pipeline.yaml too
-    return nodes
+            wiring.append(f"data.dir={text.path}")
+        overrides = [*self.training(own), *own, *wiring]
+        self.dense[name] = self.add(f"dense/{name}", "pretrain", overrides, f"dense/{name}/model", needs)
+
+    def parts(self, *groups: dict[str, Made]) -> tuple[list[str], list[str], list[str]]:
+        """Of what is made for several owners: nodes that are needed, those that are wanted, and an override that says
+        which directories may be missing.
+        """
+        required, experts = self.graph.required, self.graph.experts
+        needs: list[str] = []
+        wants: list[str] = []
+        paths: list[str] = []
+        for name, made in (item for group in groups for item in group.items()):
+            if required is None or name in required or name not in experts:  # what was sent is needed
+                needs += made.nodes
+            else:
+                wants += made.nodes
+                paths.append(quoted(made.path))
+        return needs, wants, [f"optional=[{','.join(paths)}]"] if paths else []
+
+    def add_model(self) -> None:
+        graph = self.graph
+        needs, wants, optional = self.parts(self.contributions)
+        contributions = ",".join(quoted(part.path) for part in self.contributions.values())
+        wiring = [f"base={self.base.path}", f"contributions=[{contributions}]", *optional]
+        overrides = [*graph.assemble, *wiring, f"output_dir={self.run / 'assembled'}"]
+        self.model = self.add("assembled", "assemble", overrides, "assembled", [*self.base.nodes, *needs], wants)
+        if graph.tune_router is not None:
+            wiring = [f"model={self.model.path}", f"output_dir={self.run / 'tuned'}"]
+            overrides = [*self.training(graph.tune_router), *graph.tune_router, *wiring]
+            needs = [*self.model.nodes, *(name for made in self.data.values() for name in made.nodes)]
+            self.model = self.add("tuned", "tune_router", overrides, "tuned/model", needs)
+
+    def add_evaluation(self) -> None:
+        graph = self.graph
+        needs, wants, optional = self.parts(self.data, self.dense)
+        wiring = [f"model={self.model.path}", f"data.dirs={mapping(self.data)}", f"baselines.public={self.base.path}"]
+        if self.dense:
+            wiring.append(f"baselines.dense={mapping(self.dense)}")
+        overrides = [*graph.evaluate, *wiring, *optional, f"output_dir={self.run / 'evaluation'}"]
+        output = "evaluation/evaluation.json"
+        self.add("evaluation", "evaluate", overrides, output, [*self.model.nodes, *needs], wants, alone=True)
+        # It reads pipeline.yaml and the records of training, too.
+        self.add("report", "report", [f"run={self.run}"], "report.html", ["evaluation"], always=True)
 
 
 class Records:
@@ -153,14 +300,35 @@ class Records:
         """A file that says that this pipeline has started the node: what lies at its output is the pipeline's."""
         return self.path(node).with_suffix(".begun")
 
+    def ended_path(self, node: Node) -> Path:
+        """How the node's last start ended, where it has ended."""
+        return self.path(node).with_suffix(".ended")
+
+    def ended(self, node: Node, job: str | None = None) -> int | None:
+        """Exit status of the node's last start, by the given job of Slurm's; None: it has not ended."""
+        if not self.ended_path(node).exists():
+            return None
+        content = read_record(self.ended_path(node), "flexpert.end")
+        return int(content["status"]) if content["job"] == job else None
+
+    def end(self, node: Node, status: int, job: str | None = None) -> None:
+        """Record how a start has ended and, where it ended well, what was made."""
+        if status == 0:
+            self.write(node)
+        write_record(self.ended_path(node), "flexpert.end", {"job": job, "status": status})
+
     def digest(self, node: Node) -> str:
-        return sha256_hex(canonical_json(read_record(self.path(node), "flexpert.stage")))
+        """Of what was made and from what; not of when."""
+        record = read_record(self.path(node), "flexpert.stage")
+        return sha256_hex(canonical_json({key: value for key, value in record.items() if key != "stats"}))
 
     def inputs(self, node: Node, graph: dict[str, Node]) -> dict[str, str]:
-        return {name: self.digest(graph[name]) for name in node.needs}
+        """Digests of the records of what a node needs, and of what it wants and there is."""
+        wanted = [name for name in node.wants if self.is_recorded(graph[name])]
+        return {name: self.digest(graph[name]) for name in (*node.needs, *wanted)}
 
     def complete(self, nodes: list[Node]) -> set[str]:
-        """Names of the nodes that are complete together with all that they need.
+        """Names of the nodes that are complete together with all that they need and want.
 
         Raises:
             UserError: as `is_complete`, whether what the node needs is complete or not; an output that is there was
@@ -173,12 +341,19 @@ class Records:
                 raise UserError(
                     f"{node.output} was not made by this pipeline: move it away, or choose another output_dir"
                 )
-            if names.issuperset(node.needs):
+            if names.issuperset((*node.needs, *node.wants)):
                 if self.is_complete(node, graph):
                     names.add(node.name)
             elif self.is_recorded(node):
                 self.check_overrides(node)
         return names
+
+    def is_stale(self, node: Node, graph: dict[str, Node]) -> bool:
+        """Whether the node was made without something that it wants and there is by now."""
+        if not (node.wants and self.is_recorded(node)):
+            return False
+        made_from = read_record(self.path(node), "flexpert.stage")["inputs"]
+        return any(self.is_recorded(graph[name]) and name not in made_from for name in node.wants)
 
     def is_recorded(self, node: Node) -> bool:
         return not node.always and node.output.exists() and self.path(node).exists()
@@ -192,10 +367,13 @@ class Records:
         if not self.is_recorded(node):
             return False
         self.check_overrides(node)
+        if self.is_stale(node, graph):
+            return False
         record = read_record(self.path(node), "flexpert.stage")
         if record["inputs"] != self.inputs(node, graph):
             raise self.conflict(node, "was made from other inputs")
-        if record["files"] != output_files(node):
+        # As with make, who alters a file changes its time; a flipped bit is for `verify` to find.
+        if record["stats"] != stats(node) and record["files"] != output_files(node):
             raise self.conflict(node, "was altered after it was made")
         return True
 
@@ -208,15 +386,23 @@ class Records:
         advice = f"choose another output_dir, or delete {node.directory} to make it again"
         return UserError(f"{node.output} {what}: {advice}")
 
-    def begin(self, node: Node) -> None:
+    def begin(self, node: Node, graph: dict[str, Node]) -> None:
         """Delete what an interrupted run left of a node that is about to start, its output or its record.
 
         What a training stage keeps beside its output, and resumes from, stays. So does the output of a node that runs
-        always, which replaces it in one piece.
+        always, which replaces it in one piece. Where the node was made without something that has come since, all that
+        was made from it goes, too.
         """
         assert node.output.is_relative_to(self.run) and node.output != self.run, node
+        if self.is_stale(node, graph):
+            for other in followers(node, graph):
+                self.begin(other, graph)
+                if other.directory != other.output:
+                    shutil.rmtree(other.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.begun(node).touch()
+        made_from = self.inputs(node, graph) if all(self.is_recorded(graph[need]) for need in node.needs) else {}
+        write_atomic(self.begun(node), json.dumps(made_from))
+        self.ended_path(node).unlink(missing_ok=True)
         self.path(node).unlink(missing_ok=True)
         if node.always:
             return
@@ -225,9 +411,35 @@ class Records:
         else:
             node.output.unlink(missing_ok=True)
 
-    def write(self, node: Node, graph: dict[str, Node]) -> None:
-        recipe = {"stage": node.stage, "overrides": list(node.overrides), "inputs": self.inputs(node, graph)}
-        write_record(self.path(node), "flexpert.stage", {**recipe, "files": output_files(node)})
+    def write(self, node: Node) -> None:
+        """Record a node that is complete, with what there was of its inputs when it began."""
+        recipe = {"stage": node.stage, "overrides": list(node.overrides), "inputs": read_json(self.begun(node))}
+        write_record(self.path(node), "flexpert.stage", {**recipe, "files": output_files(node), "stats": stats(node)})
+
+
+def lost(graph: dict[str, Node], failed: set[str]) -> set[str]:
+    """What has failed, and what cannot be made without it."""
+    names = set(failed)
+    for node in graph.values():  # in order
+        if names.intersection(node.needs):
+            names.add(node.name)
+    return names
+
+
+def followers(node: Node, graph: dict[str, Node]) -> list[Node]:
+    """What is made from a node, directly or not; the last first."""
+    found = {node.name}
+    for other in graph.values():  # in order
+        if found.intersection((*other.needs, *other.wants)):
+            found.add(other.name)
+    return [other for other in reversed(graph.values()) if other.name in found and other is not node]
+
+
+def stats(node: Node) -> dict[str, list[int]]:
+    """Size, and time of the last change in ns, of every file of a node's output, by its path below it."""
+    paths = [node.output] if node.output.is_file() else [path for path in node.output.rglob("*") if path.is_file()]
+    found = {str(path.relative_to(node.output)): path.stat() for path in sorted(paths)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def output_files(node: Node) -> dict[str, str]:

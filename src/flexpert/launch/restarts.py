@@ -1,19 +1,13 @@
 """Whether a job of Slurm's is worth starting once more: not after three starts in a row that made no checkpoint.
 
-The scripts in slurm/ ask before they start a stage, for Slurm itself requeues what loses its node, and again before
-they requeue the job:
-
-    python -m flexpert.launch.restarts RESTARTS STAGE key=value …
-
-RESTARTS is how often the job was started again before that start, as SLURM_RESTART_COUNT; the rest is the stage's
-command. A file beside the checkpoints says since which start there is the newest of them, so nothing is written where
-there is none, and a stage without checkpoints is started three times in all.
+Jobs ask before they start a stage, for Slurm itself requeues what loses its node, and again before they are requeued. A
+file beside the checkpoints says since which start there is the newest of them, so nothing is written where there is
+none, and a stage without checkpoints is started three times in all.
 """
 
 import contextlib
 import os
 import re
-import sys
 from pathlib import Path
 
 from flexpert.checkpoint import envelope
@@ -47,25 +41,14 @@ def in_vain(output: Path, job: str, restarts: int) -> int:
     return 0
 
 
-def check(restarts: int, stage: str, overrides: list[str]) -> None:
+def check_restarts(restarts: int, stage: str, overrides: list[str]) -> None:
     """Raises `UserError` when the job should not be started again, or the stage's command is wrong."""
     config, _ = compose(stage, overrides)
-    output = Path(config.output_dir)
-    count = in_vain(output, os.environ["SLURM_JOB_ID"], restarts)
+    output = getattr(config, "output_dir", None)
+    # A stage without a directory of its own has no checkpoints.
+    count = restarts if output is None else in_vain(Path(output), os.environ["SLURM_JOB_ID"], restarts)
     if count >= LIMIT:
         raise UserError(
-            f"{stage}: {count} starts of this job in a row made no new checkpoint in {output}: it is not started "
-            "again; see above for what ended them, and submit it again"
+            f"{stage}: {count} starts of this job in a row made no new checkpoint{f' in {output}' if output else ''}: "
+            "it is not started again; see above for what ended them, and submit it again"
         )
-
-
-def main() -> None:
-    try:
-        check(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    except UserError as error:
-        print(f"flexpert: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flexpert.launch.display import Display
-from flexpert.launch.graph import Node, Records
+from flexpert.launch.graph import Node, Records, lost
 
 POLL_SECONDS = 0.1
 
 
 class StageFailed(Exception):
-    """A stage exited with an error; `status` is its exit status."""
+    """A stage exited with an error; `node` is its name, `status` its exit status."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, node: str, status: int) -> None:
         super().__init__(message)
-        self.status = status
+        self.node, self.status = node, status
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Walk:
 
         Raises:
             UserError: an output was made from other inputs than it would be now.
-            StageFailed: a stage failed; the others that could run have.
+            StageFailed: a stage failed that the last one cannot do without; the others that could run have.
             Stopped: told to stop; running stages were stopped and will go on in the next run.
         """
         self.tell_complete()
@@ -93,8 +93,10 @@ class Walk:
             self.ended += self.launcher.stop()
             self.ended = [ended for ended in self.ended if ended.status == 0]
             self.finish()
-        if self.failed:
+        if self.failed and next(reversed(self.graph)) not in self.done:
             raise self.failed[0]
+        if self.failed:
+            print(f"  done without {', '.join(failure.node for failure in self.failed)}, which failed", flush=True)
 
     def tell_complete(self) -> None:
         """One line about what an earlier run has made."""
@@ -115,7 +117,7 @@ class Walk:
                 print(f"  {node.name}: complete", flush=True)
             elif self.launcher.has_room(node):
                 self.waiting.remove(node)
-                self.records.begin(node)
+                self.records.begin(node, self.graph)
                 log = self.launcher.start(node)
                 self.running.add(node.name)
                 if not node.always:
@@ -123,21 +125,26 @@ class Walk:
         return bool(self.running or self.ready())
 
     def ready(self) -> list[Node]:
-        return [node for node in self.waiting if self.done.issuperset(node.needs)]
+        settled = self.done | self.lost()
+        return [n for n in self.waiting if self.done.issuperset(n.needs) and settled.issuperset(n.wants)]
+
+    def lost(self) -> set[str]:
+        """What has failed in this run, and what cannot be made without it."""
+        return lost(self.graph, {failure.node for failure in self.failed})
 
     def finish(self) -> None:
         """Record what ended. An interrupt leaves in `ended` what has no record yet."""
         while self.ended:
             ended = self.ended[0]
             name = ended.node.name
+            self.records.end(ended.node, ended.status)
             if ended.status == 0:
-                self.records.write(ended.node, self.graph)
                 self.done.add(name)
                 what = "written" if ended.node.always else f"done in {ended.seconds:.0f} s"
                 print(f"  {name}: {what}", flush=True)
             else:
                 message = f"{name} failed (status {ended.status}, log {ended.log}): {ended.reason}"
-                self.failed.append(StageFailed(message, ended.status))
+                self.failed.append(StageFailed(message, name, ended.status))
                 print(f"  {message}", flush=True)
             self.running.discard(name)
             self.ended.pop(0)

@@ -1,0 +1,1 @@
+"""The scripts of Slurm jobs, as data of the package `flexpert.slurm`."""
