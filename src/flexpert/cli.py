@@ -1,5 +1,6 @@
 """The `flexpert` command: `flexpert STAGE key=value …`. Heavy imports wait until a stage is known."""
 
+import difflib
 import importlib
 import io
 import os
@@ -8,6 +9,7 @@ import time
 from typing import Any, TextIO
 
 from flexpert import __version__, signals
+from flexpert.config.tree import take_config_dir
 from flexpert.errors import UserError
 from flexpert.parallel.environment import LOCAL_RANK, adopt_slurm, is_first, num_ranks
 
@@ -18,16 +20,36 @@ STAGES = {
     "expert": ("flexpert.train.expert:run", "public model + one owner's tokens → contribution"),
     "assemble": ("flexpert.assembly.stages:run_assemble", "public model + contributions → one mixture"),
     "remove": ("flexpert.assembly.stages:run_remove", "assembled model → the same without some experts"),
-    "verify": ("flexpert.assembly.stages:run_verify", "a contribution or assembled model: is it what it says?"),
+    "verify": (
+        "flexpert.assembly.stages:run_verify",
+        "a contribution, a public or an assembled model: is it what it says?",
+    ),
     "tune_router": ("flexpert.train.tune_router:run", "assembled model + tokens → the same with tuned router rows"),
     "evaluate": ("flexpert.evaluation.evaluate:run", "bits per byte, answers and routing, under any choice of experts"),
     "generate": ("flexpert.evaluation.generate:run", "continue a prompt"),
     "report": ("flexpert.monitor.report:run", "a run → one self-contained page"),
     "pipeline": ("flexpert.launch.pipeline:run", "the whole graph, from text to report"),
+    "status": ("flexpert.launch.status:run", "where every stage of a pipeline stands"),
+    "logs": ("flexpert.launch.status:run_logs", "what a stage of a pipeline has printed"),
+    "cancel": ("flexpert.launch.status:run_cancel", "end a pipeline's jobs on Slurm"),
+    "sync": ("flexpert.monitor.sync:run", "tell W&B's server what a run has recorded without it"),
     "plan": ("flexpert.planning.plan:run", "model + cluster → memory, time and node-hours, and the layouts that fit"),
     "tune_kernels": ("flexpert.train.tune_kernels:run", "a model's shape + this machine's GPU → its fastest tiles"),
 }
 
+#: What is said about stages → (module:function that gets the words behind it, what it does).
+COMMANDS = {
+    "config": (
+        "flexpert.config.origin:show",
+        "config STAGE …: what it would run with, and where each value comes from",
+    ),
+    "completion": (
+        "flexpert.config.completion:script",
+        "completion bash or zsh: what the shell evaluates for its tab key",
+    ),
+}
+#: Have Hydra run a stage once for each of several values.
+MULTIRUN = ("--multirun", "-m")
 
 #: Seconds by which a mistake, which is every process's and said by the first of a node, ends the others later: torchrun
 #: ends all when one has ended.
@@ -42,7 +64,9 @@ PARALLEL = ("pretrain", "expert", "tune_router", "evaluate", "generate")
 
 def usage() -> str:
     width = max(map(len, STAGES))
-    lines = [f"  {stage:<{width}}  {text}" for stage, (_, text) in STAGES.items()]
+    lines, others = (
+        [f"  {name:<{width}}  {text}" for name, (_, text) in table.items()] for table in (STAGES, COMMANDS)
+    )
     return "\n".join(
         [
             f"flexpert {__version__}: experts trained apart, assembled into one model, and taken out again",
@@ -50,6 +74,11 @@ def usage() -> str:
             "usage: flexpert STAGE [key=value …]      flexpert STAGE --help lists the keys",
             "",
             *lines,
+            "",
+            *others,
+            "",
+            "  --multirun, -m    run the stage once for each of key=a,b, one after the other or as jobs of Slurm's",
+            "  --config-dir=DIR  your own files beside conf/: DIR/launcher/mysite.yaml is launcher=mysite",
         ]
     )
 
@@ -63,17 +92,22 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if argv is None else argv
     signals.install()
-    is_real = (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__)  # and nothing that a test has put there
-    if is_real and arguments[:1] and arguments[0] in TRAINING:
-        sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     adopt_slurm()
-    if not is_first():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end; rank 0 says it all)
     try:
+        arguments = take_config_dir(arguments)
+        is_real = (sys.stdout, sys.stderr) == (sys.__stdout__, sys.__stderr__)  # and nothing that a test has put there
+        if is_real and arguments[:1] and arguments[0] in TRAINING:
+            sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
+        if not is_first():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end; rank 0 says it all)
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(usage(), flush=True)
         elif arguments[0] in ("-V", "--version"):
             print(__version__)
+        elif arguments[0] in COMMANDS:
+            function_of(COMMANDS[arguments[0]][0])(arguments[1:])
+        elif arguments[0] == "complete":
+            function_of("flexpert.config.completion:complete")(arguments[1:], [*STAGES, *COMMANDS])
         else:
             run_stage(arguments[0], arguments[1:])
     except UserError as error:
@@ -105,9 +139,20 @@ def lossy(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
 
 
+def function_of(place: str) -> Any:
+    """The function at `module:function`, whose module is imported now."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def run_stage(stage: str, overrides: list[str]) -> None:
     if stage not in STAGES:
-        raise UserError(f"there is no stage '{stage}': choose one of {', '.join(STAGES)}")
+        meant = difflib.get_close_matches(stage, [*STAGES, *COMMANDS], 1)
+        advice = f"did you mean {meant[0]}?" if meant else f"choose one of {', '.join([*STAGES, *COMMANDS])}"
+        raise UserError(f"there is no stage '{stage}': {advice}")
+    several = [word for word in overrides if word in MULTIRUN]
+    if several and num_ranks() > 1:
+        raise UserError(f"{several[0]} is for stages of one process: start it without torchrun or srun")
     if stage not in PARALLEL and num_ranks() > 1:
         raise UserError(
             f"{stage} runs in one process: start it without torchrun or srun; {', '.join(PARALLEL)} run in several"
@@ -119,12 +164,14 @@ def run_stage(stage: str, overrides: list[str]) -> None:
     if any(flag in overrides for flag in ("-h", "--help")):
         print(describe(stage, overrides))
         return
+    if several:
+        function_of("flexpert.launch.sweep:run")(stage, [word for word in overrides if word not in MULTIRUN])
+        return
     config, resolved = compose(stage, overrides)
     check_paths(stage, config)
     for note in config.notes():
         print(f"note: {note}", flush=True)
-    module, _, function = STAGES[stage][0].partition(":")
-    run = getattr(importlib.import_module(module), function)
+    run = function_of(STAGES[stage][0])
     if num_ranks() == 1:
         run(config, resolved)
     else:

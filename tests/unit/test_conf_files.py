@@ -4,7 +4,9 @@ import pytest
 from test_config import NEEDED
 
 from flexpert.cli import STAGES
-from flexpert.config.compose import compose, conf_directory, group_options, groups_of
+from flexpert.config.compose import compose
+from flexpert.config.presets import presets_of
+from flexpert.config.tree import conf_directory, group_options, groups_of
 from flexpert.errors import UserError
 
 
@@ -27,4 +29,5 @@ def test_every_file_of_every_group_composes(stage: str, group: str, option: str)
 def test_every_file_below_conf_is_a_stage_or_a_choice() -> None:
     choices = {f"{group}/{option}.yaml" for _, group, option in group_choices()}
     files = {path.relative_to(conf_directory()).as_posix() for path in conf_directory().rglob("*.yaml")}
-    assert files == choices | {f"{stage}.yaml" for stage in STAGES}
+    presets = {f"experiment/{name}.yaml" for stage in STAGES for name in presets_of(stage)}
+    assert files == choices | presets | {f"{stage}.yaml" for stage in STAGES}

@@ -7,90 +7,79 @@ group choices go through Hydra. In text, `${KEY}` stands for the value of KEY, a
 means nothing.
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
-import importlib
 import os
-import types
+import re
 import typing
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from flexpert.config.options import Lockable
+from flexpert.config.presets import check_preset
+from flexpert.config.schema import is_mapping, is_text, leaves_of
 from flexpert.config.stages import STAGE_CONFIGS
+from flexpert.config.tree import (
+    EXPERIMENT,
+    check_group_choice,
+    check_no_stage,
+    find,
+    groups_of,
+    own_directory,
+)
 from flexpert.errors import UserError
 
 #: From this likeness on, a key is taken for a slip of another one.
 ALIKE = 0.7
+#: How Hydra is told of a preset: it may set keys anywhere, whatever its file says of that.
+PRESET = f"+{EXPERIMENT}@_global_="
+#: What Hydra says where the content of a file does not fit: the file, the kind of error, what it is, the key.
+IN_FILE = re.compile(
+    r"In '(?P<file>.+)': (?P<kind>\w+) raised while composing config:\n(?P<text>.*)\n\s+full_key: (?P<key>.*)"
+)
 
 
-def conf_directory() -> Path:
-    """`conf/` as installed: a package of its own, so that it is found from a wheel and from a checkout."""
-    return Path(importlib.import_module("flexpert.conf").__path__[0])
+class OwnDirectory(SearchPathPlugin):
+    """Has Hydra look into the user's directory before `conf/`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        own = own_directory()
+        if own is not None:
+            search_path.prepend("flexpert", f"file://{own}", "main")
 
 
-def group_options(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
-
-
-def groups_of(stage: str) -> list[str]:
-    """The groups that a stage's defaults list chooses from."""
-    content: Any = OmegaConf.load(conf_directory() / f"{stage}.yaml")
-    defaults = content.get("defaults", [])
-    return [str(name) for entry in defaults if OmegaConf.is_dict(entry) for name in entry]
-
-
-def check_group_choice(override: str) -> None:
-    """Raises `UserError` where GROUP=NAME names no file of the group."""
-    group, _, name = override.lstrip("+").partition("=")
-    if name not in group_options(group):
-        raise UserError(f"there is no {group}={name}: choose one of {', '.join(group_options(group))}")
+@contextmanager
+def conf_tree(stage: str) -> Iterator[ConfigLoader]:
+    """Hydra's composer, which knows the stage's schema, `conf/` and the user's directory while the block runs."""
+    check_no_stage(stage)
+    register_schema(stage)
+    Plugins.instance().register(OwnDirectory)
+    GlobalHydra.instance().clear()
+    with initialize_config_module("flexpert.conf", version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
 
 
 @functools.cache
 def register_schema(stage: str) -> None:
     """Make the stage's dataclass known to Hydra."""
     ConfigStore.instance().store(name=f"{stage}_schema", node=STAGE_CONFIGS[stage])
-
-
-def unwrap_optional(hint: Any) -> Any:
-    """`X | None` to `X`."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
-
-
-def field_hints(schema: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema)
-    return {field.name: unwrap_optional(hints[field.name]) for field in dataclasses.fields(schema)}
-
-
-def all_keys(schema: type, prefix: str = "") -> list[tuple[str, Any, "dataclasses.Field[Any]"]]:
-    """(dotted key, type, field) of every leaf of a schema, in order."""
-    keys = []
-    hints = field_hints(schema)
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(hints[field.name]):
-            keys += all_keys(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            keys.append((prefix + field.name, hints[field.name], field))
-    return keys
-
-
-@functools.cache
-def leaves_of(stage: str) -> dict[str, tuple[Any, "dataclasses.Field[Any]"]]:
-    """(type, field) of every key of a stage by its dotted name."""
-    return {key: (hint, field) for key, hint, field in all_keys(STAGE_CONFIGS[stage])}
 
 
 def split_items(text: str, opening: str = "[{(", closing: str = "]})") -> list[str]:
@@ -135,7 +124,7 @@ def parse_text(key: str, text: str, hint: Any) -> Any:
         return None
     if hint is str:
         return unquote(text)
-    if typing.get_origin(hint) is dict:
+    if is_mapping(hint):
         return parse_mapping(key, text, typing.get_args(hint)[1])
     return [unquote(item) for item in list_items(key, text)]
 
@@ -167,10 +156,6 @@ def expand_home(content: Any) -> Any:
     if isinstance(content, list):
         return [expand_home(path) for path in content]
     return os.path.expanduser(content) if str(content).startswith("~/") else content
-
-
-def is_text(hint: Any) -> bool:
-    return hint in (str, list[str]) or typing.get_origin(hint) is dict
 
 
 class TextOverride(NamedTuple):
@@ -214,7 +199,7 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
             return TextOverride(name, expand_home(content) if "path" in field.metadata else content)
         return f"{name}={whole_number(value) if hint is int else value}"
     for parent, (hint, field) in leaves.items():
-        if typing.get_origin(hint) is dict and name.startswith(f"{parent}."):
+        if is_mapping(hint) and name.startswith(f"{parent}."):
             item, item_hint = name.removeprefix(f"{parent}."), typing.get_args(hint)[1]
             content = parse_text(name, value, item_hint if item_hint == list[str] else str)
             content = expand_home(content) if "path" in field.metadata else content
@@ -222,6 +207,9 @@ def parse_override(override: str, stage: str) -> str | TextOverride:
     if name in groups_of(stage):
         check_group_choice(override)
         return override
+    if name == EXPERIMENT:
+        check_preset(stage, value)
+        return f"{PRESET}{value}"
     raise UserError(
         f"unknown key '{name}' for stage {stage}{suggestion(name, stage)} (all keys: `flexpert {stage} --help`)"
     )
@@ -263,13 +251,20 @@ def expected(key: str, stage: str) -> str:
 
 def words_for(hint: Any) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words.get(hint) or ("{NAME:VALUE,…}" if typing.get_origin(hint) is dict else "[A,B,…]")
+    return words.get(hint) or ("{NAME:VALUE,…}" if is_mapping(hint) else "[A,B,…]")
 
 
 def one_line(error: Exception, stage: str) -> str:
     """What a Hydra or OmegaConf error says, with the full key where it has one; a wrong value in our own words."""
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: write a number, true, false or null, and several as [A,B]"
+    if (found := IN_FILE.match(str(error))) is not None:
+        text = found["text"]
+        if found["kind"] == "ConfigKeyError":
+            text = f"unknown key '{found['key']}'{suggestion(found['key'], stage)}"
+        elif found["key"]:
+            text = f"{found['key']}: {text}"
+        return f"{find(found['file'])[1]}: {text}"
     if isinstance(error, HydraException) and isinstance(error.__cause__, Exception):
         return one_line(error.__cause__, stage)
     key = error.full_key if isinstance(error, OmegaConfBaseException) else None
@@ -301,8 +296,50 @@ def lock_all(config: Any) -> list[str]:
     return mistakes
 
 
-def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
+def understand(stage: str, overrides: list[str]) -> tuple[list[str], list[TextOverride]]:
+    """What is for Hydra, and what is set past it, in order; of several presets, as of several values, the last one.
+
+    Raises:
+        UserError: an override that does not parse, an unknown key or choice, several values.
+    """
+    parsed = [parse_override(override, stage) for override in overrides]
+    for_hydra = [override for override in parsed if isinstance(override, str)]
+    presets = [override for override in for_hydra if override.startswith(PRESET)]
+    for_hydra = [override for override in for_hydra if override not in presets] + presets[-1:]
+    for understood in OverridesParser.create().parse_overrides(for_hydra):
+        if understood.is_sweep_override():
+            raise UserError(
+                one_line(OverrideParseException(str(understood.input_line), "it stands for several runs"), stage)
+            )
+    return for_hydra, [override for override in parsed if isinstance(override, TextOverride)]
+
+
+def compose_node(
+    stage: str, for_hydra: list[str], texts: list[TextOverride], composed: dict[tuple[str, ...], Any] | None = None
+) -> Any:
+    """The stage's configuration with `${KEY}` as it stands there, and without literals.
+
+    Args:
+        composed: as in `compose`.
+    """
+    composed = {} if composed is None else composed
+    if (stage, *for_hydra) not in composed:
+        with conf_tree(stage):
+            composed[stage, *for_hydra] = hydra_compose(config_name=stage, overrides=for_hydra)
+    node = copy.deepcopy(composed[stage, *for_hydra])
+    for key, value, merge, _ in (override for override in texts if not override.literal):
+        before = (OmegaConf.select(node, key) or {}) if merge else {}  # a mapping that must be given is None
+        with open_dict(node):
+            OmegaConf.update(node, key, {**before, **value} if merge else value, merge=False)
+    return node
+
+
+def compose(stage: str, overrides: list[str], composed: dict[tuple[str, ...], Any] | None = None) -> tuple[Any, str]:
     """Compose, check and lock the config of a stage.
+
+    Args:
+        composed: what Hydra has made of stages and of overrides that it was given, for callers with many that differ in
+            text alone, which it is not asked about again; added to.
 
     Returns:
         The stage's dataclass, read-only, and the resolved config as YAML.
@@ -310,22 +347,10 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
     Raises:
         UserError: unknown key or group option, wrong type, a mandatory key not given, values that cannot work together.
     """
-    register_schema(stage)
     OmegaConf.clear_resolver("oc.env")  # nothing from the environment can enter a config
-    parsed = [parse_override(override, stage) for override in overrides]
-    for_hydra = [override for override in parsed if isinstance(override, str)]
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_module("flexpert.conf", version_base="1.3"):
-            for understood in OverridesParser.create().parse_overrides(for_hydra):
-                if understood.is_sweep_override():
-                    raise OverrideParseException(str(understood.input_line), "it stands for several runs")
-            node = hydra_compose(config_name=stage, overrides=for_hydra)
-        texts = [override for override in parsed if isinstance(override, TextOverride)]
-        for key, value, merge, _ in (override for override in texts if not override.literal):
-            before = (OmegaConf.select(node, key) or {}) if merge else {}  # a mapping that must be given is None
-            with open_dict(node):
-                OmegaConf.update(node, key, {**before, **value} if merge else value, merge=False)
+        for_hydra, texts = understand(stage, overrides)
+        node = compose_node(stage, for_hydra, texts, composed)
         missing = missing_keys(OmegaConf.to_container(node))
         if missing:
             raise UserError(f"{stage} needs {', '.join(f'{key}=…' for key in missing)}")
@@ -337,6 +362,8 @@ def compose(stage: str, overrides: list[str]) -> tuple[Any, str]:
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error, stage)) from None
+    except yaml.YAMLError as error:  # of a file, which it names
+        raise UserError(f"cannot be read as YAML: {error}") from None
     for override in (override for override in texts if override.literal):
         setattr(config, override.key, override.value)
     if mistakes := lock_all(config):

@@ -248,7 +248,9 @@ class TrainConfig(Lockable):
     )
     batch_tokens: int = opt(4_194_304, "tokens in one optimiser step")
     sequence_length: int = opt(4096, "tokens in one sequence")
-    microbatch_sequences: int = opt(1, "sequences in one forward pass; a step accumulates over its microbatches")
+    microbatch_sequences: int = opt(
+        1, "sequences in one forward pass, at most; a step accumulates over its microbatches"
+    )
     z_loss: float = opt(1e-5, "weight of the squared log-normaliser of the output distribution")
     router_z_loss: float = opt(
         1e-3, "weight of the squared log-normaliser of each router's centred logits, summed over layers"

@@ -3,27 +3,25 @@
 from typing import Any
 
 from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from flexpert.config.compose import as_typed, check_group_choice, group_options, groups_of, leaves_of, register_schema
+from flexpert.config.compose import as_typed, conf_tree, understand
+from flexpert.config.presets import presets_of
+from flexpert.config.schema import leaves_of
 from flexpert.config.stages import STAGE_CONFIGS
+from flexpert.config.tree import EXPERIMENT, group_options, groups_of
 
 
 def describe(stage: str, overrides: list[str]) -> str:
-    """The help of a stage. Defaults are those of the group choices among the overrides; other overrides do not count.
+    """The help of a stage. Defaults are those of the choices among the overrides; other overrides do not count.
 
     Raises:
         UserError: there is no such choice.
     """
     groups = groups_of(stage)
-    choices = [override for override in overrides if override.partition("=")[0] in groups]
-    for choice in choices:
-        check_group_choice(choice)
-    register_schema(stage)
-    GlobalHydra.instance().clear()
-    with initialize_config_module("flexpert.conf", version_base="1.3"):
+    chosen = [override for override in overrides if override.lstrip("+").partition("=")[0] in (*groups, EXPERIMENT)]
+    choices, _ = understand(stage, chosen)
+    with conf_tree(stage):
         defaults: Any = OmegaConf.to_container(hydra_compose(config_name=stage, overrides=choices))
     required, others = [], []
     for key, (_, field) in leaves_of(stage).items():
@@ -37,6 +35,8 @@ def describe(stage: str, overrides: list[str]) -> str:
             others += [f"  {key}={as_typed(value)}", meaning]
     lines = [(STAGE_CONFIGS[stage].__doc__ or "").strip(), "", f"usage: flexpert {stage} key=value …"]
     named = [f"  {group}=NAME   one of {', '.join(group_options(group))}" for group in groups]
+    if presets := presets_of(stage):
+        named.append(f"  {EXPERIMENT}=NAME   one of {', '.join(presets)}")
     sections = {"required:": required, "named choices, each of which sets several keys:": named, "defaults:": others}
     for heading, content in sections.items():
         lines += ["", heading, *content] if content else []

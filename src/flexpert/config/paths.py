@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexpert.config.compose import leaves_of
+from flexpert.config.schema import leaves_of
 from flexpert.errors import UserError
 
 
@@ -42,10 +42,15 @@ MOST_GUESSES = 3
 
 def check_paths(stage: str, config: Any) -> None:
     """Raises `UserError` for an input directory that is missing or of another kind, an output that cannot be made."""
+    optional = getattr(config, "optional", [])
     for key, (_, field) in leaves_of(stage).items():
         kind = field.metadata.get("path")
         for name, path in named_paths(key, functools.reduce(getattr, key.split("."), config)) if kind else []:
-            if kind == "output":
+            if key == "optional":
+                continue
+            if path in optional and not os.path.lexists(path):
+                print(f"note: {name}={path} does not exist and is left out", flush=True)
+            elif kind == "output":
                 check_output(name, Path(path))
             elif kind == "input" and (not os.path.exists(path) or os.path.isdir(path)):
                 raise UserError(f"{name}={path} is not a file")

@@ -23,7 +23,14 @@ from flexpert.config.groups import (
     TrainDataConfig,
     TrainTokenizerConfig,
 )
-from flexpert.config.launcher import LauncherConfig, PipelineGraphConfig
+from flexpert.config.launcher import (
+    CancelConfig,
+    LauncherConfig,
+    LogsConfig,
+    PipelineGraphConfig,
+    StatusConfig,
+    SyncConfig,
+)
 from flexpert.config.options import (
     EXPERT_ID,
     Lockable,
@@ -93,6 +100,12 @@ class ExpertConfig(TrainingStage):
 
     model: ComputeConfig = opt(ComputeConfig, "")
     base: str = opt(MISSING, "the public model, an Olmo2ForCausalLM directory", path="model")
+    local_copy: str | None = opt(
+        None,
+        "a directory on a disk of the node, such as /tmp: its first process copies the base's weights there, and all "
+        "processes of the node read that; the copy stays for the next start; null: all read base",
+        path="file",
+    )
     name: str = opt(MISSING, "the expert's id: a-z, then a-z, 0-9 and -")
     title: str | None = opt(None, "display name; null: the id")
     license: str | None = opt(
@@ -214,6 +227,9 @@ class AssembleConfig(Lockable):
     contributions: list[str] = opt(
         MISSING, "contribution directories; their order is the experts' order", path="contribution"
     )
+    optional: list[str] = opt(
+        [], "those of contributions that are left out, with a note, where they are missing", path="file"
+    )
     replace: bool = opt(False, "with model: a contribution takes the place of the expert that has its id")
     active_experts: int | None = opt(
         None, "experts that run for each token; null: all, or as many as model's where it does not use all"
@@ -248,19 +264,19 @@ class RemoveConfig(Lockable):
 
 @dataclass
 class VerifyConfig(Lockable):
-    """`flexpert verify`: whether a contribution or an assembled model is, to the last byte, what its record says."""
+    """`flexpert verify`: whether a contribution or a model is, to the last byte, what its record or its maker says."""
 
-    contribution: str | None = opt(
-        None, "contribution directory; give exactly one of this and model", path="contribution"
-    )
+    contribution: str | None = opt(None, "contribution directory; give one of this and model", path="contribution")
     base: str | None = opt(None, "with contribution: it must have been trained on this public model", path="model")
-    model: str | None = opt(None, "assembled model directory", path="model")
+    model: str | None = opt(None, "model directory, public or assembled", path="model")
+    digest: str | None = opt(None, "what its digest must be: sha256:…, as its maker has told it in another way")
+    output: str | None = opt(None, "JSON file to write, with what was verified; null: none", path="file")
 
     def check(self) -> None:
-        require(
-            (self.contribution is None) != (self.model is None),
-            "verify needs contribution=DIR or model=DIR, one of them",
-        )
+        is_one = (self.contribution is None) != (self.model is None)
+        require(is_one, "verify needs contribution=DIR or model=DIR, one of them")
+        is_digest = self.digest is None or re.fullmatch(r"sha256:[0-9a-f]{64}", self.digest) is not None
+        require(is_digest, f"digest={self.digest} is no digest: give sha256: and 64 of 0-9 and a-f, as verify prints")
         require(self.base is None or self.model is None, "base=DIR goes with contribution=DIR: leave it out with model")
 
 
@@ -270,6 +286,11 @@ class EvaluateConfig(Lockable):
 
     model: str = opt(MISSING, "model directory, dense or assembled", path="model")
     data: EvaluateDataConfig = opt(EvaluateDataConfig, "")
+    optional: list[str] = opt(
+        [],
+        "those directories of data.dirs and baselines.dense that are left out, with a note, where they are missing",
+        path="file",
+    )
     exclude: list[str] = opt([], "experts to leave out; as if removed")
     active_experts: int | None = opt(None, "experts that run for each token; null: what the model says")
     sweep_active_experts: list[int] = opt([], "also evaluate with each of these numbers of active experts")
@@ -468,6 +489,10 @@ STAGE_CONFIGS: dict[str, type[Lockable]] = {
     "generate": GenerateConfig,
     "report": ReportConfig,
     "pipeline": PipelineConfig,
+    "status": StatusConfig,
+    "logs": LogsConfig,
+    "cancel": CancelConfig,
+    "sync": SyncConfig,
     "plan": PlanConfig,
     "tune_kernels": TuneKernelsConfig,
 }
