@@ -101,6 +101,18 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     return made
 
 
+def test_without_the_server_results_are_recorded_offline(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flexpert.monitor.wandb.INIT_SECONDS", 1.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    report(finished, "wandb=online")
+    wandb.teardown()
+    assert f": this run is recorded offline, and `flexpert sync run={finished}` uploads it" in capsys.readouterr().out
+    assert list((finished / "wandb").glob("offline-run-*/files/media/table/*.json"))
+
+
 def test_online_the_model_is_made_from_base_and_contributions(finished: Path, runs: list[Recorder]) -> None:
     report(finished, "wandb=online")
     report(finished, "wandb=online")

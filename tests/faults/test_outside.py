@@ -5,7 +5,6 @@
 
 import contextlib
 import errno
-import http.server
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import pytest
 from toy import SHAPE, train
+from wandb_server import served
 
 from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
@@ -382,51 +381,11 @@ def test_a_server_that_cannot_be_reached_makes_an_offline_run(
     told = capfd.readouterr()
     assert told.err == "" and len(told.out.splitlines()) == 1
     assert told.out.startswith("note: W&B: Failed to get resume status for run 0123456789abcdef: ")
-    assert told.out.endswith(
-        f": this run is recorded offline, and `wandb sync {tmp_path}/wandb/offline-run-*` uploads it\n"
-    )
+    assert told.out.endswith(f": this run is recorded offline, and `flexpert sync run={tmp_path}` uploads it\n")
     (record,) = tmp_path.glob("wandb/offline-run-*-0123456789abcdef/run-0123456789abcdef.wandb")
     assert b"loss" in record.read_bytes()
     assert run.id == "0123456789abcdef"
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-
-
-PROJECT = {"id": "1", "name": "flexpert", "entity": {"id": "1", "name": "me"}}
-BUCKET = {"id": "1", "name": "1", "displayName": "1", "config": "{}", "historyLineCount": 0, "project": PROJECT}
-ANSWERS = {
-    "query RunResumeStatus": {"model": PROJECT | {"bucket": None}},
-    "mutation UpsertBucket": {"upsertBucket": {"bucket": BUCKET, "inserted": True}},
-    "mutation CreateRunFiles": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}},
-}
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Answers W&B's client as its server does, as far as a run needs; `accepts` says whether it knows the key."""
-
-    protocol_version = "HTTP/1.1"
-    accepts = True
-
-    def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["content-length"])).decode(errors="replace")
-        data = next((answer for name, answer in ANSWERS.items() if name in asked), {})
-        self.send_response(200 if self.accepts else 401)
-        answer = json.dumps({"data": data}).encode()
-        self.send_header("content-length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def served(accepts: bool) -> Iterator[str]:
-    """A server's address while the block runs."""
-    kind = type("Server", (Server,), {"accepts": accepts})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.mark.usefixtures("no_key")
@@ -435,8 +394,8 @@ def test_a_server_that_is_cut_off_during_a_run_holds_nothing_up(
     stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("flexpert.monitor.wandb.FINISH_SECONDS", 2.0)
-    with served(accepts=True) as address:
-        online(monkeypatch, address)
+    with served() as server:
+        online(monkeypatch, server.address)
         run = WandbRun(MonitorConfig(), "online", "expert", tmp_path, {"name": "math"})
         run.log({"step": 1, "tokens": 100, "loss": 2.5})
         if stays:
@@ -455,8 +414,11 @@ def test_a_server_that_is_cut_off_during_a_run_holds_nothing_up(
 def test_a_key_that_is_refused_or_malformed_is_the_users_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with served(accepts=False) as address:
-        for at, key, reason in ((address, KEY, "returned error 401"), ("http://127.0.0.1:1", "not-a-key!", "invalid")):
+    with served(accepts=False) as server:
+        for at, key, reason in (
+            (server.address, KEY, "returned error 401"),
+            ("http://127.0.0.1:1", "not-a-key!", "invalid"),
+        ):
             online(monkeypatch, at, key)
             with pytest.raises(UserError, match=f"W&B: .*{reason}") as caught:
                 WandbRun(MonitorConfig(), "online", "expert", tmp_path, {"name": "math"})

@@ -10,8 +10,9 @@ import pytest
 import wandb
 import yaml
 
-from flexpert.config.compose import all_keys, compose
+from flexpert.config.compose import compose
 from flexpert.config.groups import MonitorConfig
+from flexpert.config.schema import all_keys
 from flexpert.config.stages import STAGE_CONFIGS
 from flexpert.monitor.wandb import WandbRun, allowed_config, wandb_mode
 from flexpert.stage import comparable
@@ -154,6 +155,7 @@ def test_the_resolved_config_of_a_stage_holds_nothing_of_the_environment(
         "generate": ["model=/m", "prompt=${oc.env:HF_TOKEN} A private prompt"],
         "report": ["run=/r"],
         "pipeline": [],
+        **{name: ["run=/r"] for name in ("status", "logs", "cancel", "sync")},
     }[stage]
     _, before = compose(stage, needed)
     for name in os.environ:

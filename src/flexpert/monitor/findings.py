@@ -134,19 +134,23 @@ def headline(content: dict[str, Any], tuned: bool) -> str:
     after = model.mean(domains)
     assert after is not None, "the model is evaluated on every domain"
     count = len([name for name in content["methods"][MODEL]["experts"] if name != PUBLIC])
-    subject = f"{number(count).capitalize()} expert{'s' if count != 1 else ''} trained apart and assembled {start}"
+    plural, singular = ("", "s") if count == 1 else ("s", "")
+    subject = f"{number(count).capitalize()} expert{plural} trained apart and assembled {start}"
     before = rows[PUBLIC].mean(domains) if PUBLIC in rows else None
     if before is None:
-        sentence = f"{subject} reach {after:.3f} bits per byte on held-out text; the public model was not evaluated"
+        verb = "reaches" if count == 1 else "reach"
+        sentence = f"{subject} {verb} {after:.3f} bits per byte on held-out text; the public model was not evaluated"
     else:
         verb = "lower" if below(after, before) else "raise" if below(before, after) else "leave"
         better = sum(below(model.bits[name], rows[PUBLIC].bits[name]) for name in domains)
         where = "every one" if better == len(domains) else f"{better} of {len(domains)}"
+        place = f"the owner{'’s domain' if count == 1 else 's’ domains'}" if private else "the domains"
         sentence = (
-            f"{subject} {verb} held-out bits per byte on {'the owners’ domains' if private else 'the domains'} from "
-            f"{before:.3f} to {after:.3f} ({signed(100 * (after / before - 1), 1)}%), better than the public model on "
-            f"{where}"
+            f"{subject} {verb}{singular} held-out bits per byte on {place} from "
+            f"{before:.3f} to {after:.3f} ({signed(100 * (after / before - 1), 1)}%)"
         )
+        if len(domains) > 1:
+            sentence += f", better than the public model on {where}"
     deltas = removal_deltas(content)
     own = [deltas[name][name] for name in deltas if name in deltas[name]]
     others = [delta for name, row in deltas.items() for domain, delta in row.items() if domain != name]

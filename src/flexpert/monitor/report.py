@@ -225,10 +225,12 @@ class Report:
                 cells.append(text)
             body.append((row.key, [escape(row.label), *cells, self.cost(row)]))
         head = ["", *(self.swatch(n) if n in self.roles else n for n in groups), "parameters per token"]
-        note = (
-            "Bold: lowest of the column among methods that serve every domain at once. The dense fine-tunes are not "
-            "among them: each column is another owner’s model, used only on its own domain."
-        )
+        note = "Bold: lowest of the column among methods that serve every domain at once."
+        if not all(row.comparable for row in self.rows):
+            note += (
+                " The dense fine-tunes are not among them: each column is another owner’s model, used only on its own "
+                "domain."
+            )
         if has_private:
             note += " Private mean: over the domains that have an expert."
         return scroll(table(head, body, "methods")) + f'<p class="note">{note}</p>'
@@ -317,7 +319,8 @@ class Report:
 
     def losses(self) -> str:
         if not self.run.trainings:
-            return self.absent("no stage has a metrics.jsonl")
+            were_sent = self.run.sent and self.run.owners == [*self.run.sent]
+            return self.absent("the experts’ owners trained them" if were_sent else "no stage has a metrics.jsonl")
         figures = []
         for part in self.run.trainings:
             if part.kind == "dense" and self.run.training("expert", part.domain) is not None:
@@ -334,9 +337,11 @@ class Report:
             ends = ", ".join(f"{curve.label} {curve.losses[-1]:.3f}" for curve in drawn)
             figure = loss_figure(drawn, part.place, escape(f"Loss of {part.place}: {ends}"))
             figures.append(f"<figure><h4>{title}</h4>{figure}</figure>")
+        has_dense = any(part.kind == "dense" for part in self.run.trainings)
         return (
             "<p>Loss in nats per token. Thin line and band: training, mean and range of the steps that each point "
-            "stands for. Thick line: held-out text of the same domain. Dashed: the dense fine-tune on that text.</p>"
+            "stands for. Thick line: held-out text of the same domain."
+            f"{' Dashed: the dense fine-tune on that text.' if has_dense else ''}</p>"
             f'<div class="grid">{"".join(figures)}</div>'
         )
 

@@ -3,9 +3,10 @@
 Its layout:
 
     RUN/pipeline.yaml                                  the resolved config of the pipeline
-    RUN/data/NAME/manifest.json                        one data set each
+    RUN/data/NAME/manifest.json                        one data set each, but for those of pipeline.prepared
     RUN/public, experts/NAME, dense/NAME, tuned        one training each: metrics.jsonl, resolved.yaml
-    RUN/experts/NAME/contribution/contribution.json
+    RUN/experts/NAME/contribution/contribution.json    those of pipeline.contributions lie elsewhere
+    RUN/verified/{base,NAME}.json                      what others have made, and was verified
     RUN/assembled/{config,assembly}.json
     RUN/evaluation/evaluation.json
 """
@@ -70,10 +71,10 @@ class RunDirectory:
     Attributes:
         path: the directory.
         pipeline: pipeline.yaml.
-        owners: names of the private domains, in the pipeline's order.
+        owners: names of the experts, in the pipeline's order; those that others have sent come last.
         data: data set → content of its manifest.
         trainings: public, experts, dense fine-tunes, router tuning, in that order.
-        contributions: expert → content of its contribution.json.
+        contributions: expert → content of its contribution.json, made here or sent.
         model: shape of the assembled model.
         assembly: content of assembly.json.
         evaluation: content of evaluation.json.
@@ -98,6 +99,11 @@ class RunDirectory:
     def name(self) -> str:
         return str(self.graph.get("name") or self.path.resolve().name)
 
+    @property
+    def sent(self) -> dict[str, str]:
+        """Expert → the contribution that its owner has sent."""
+        return self.graph.get("contributions") or {}
+
     def training(self, kind: str, domain: str | None) -> Training | None:
         return next((part for part in self.trainings if (part.kind, part.domain) == (kind, domain)), None)
 
@@ -106,11 +112,19 @@ class RunDirectory:
         """What a complete run of this pipeline would also hold, one phrase each."""
         has_public_stage = self.graph.get("base") is None
         has_dense = self.graph.get("dense") is not None or any(part.kind == "dense" for part in self.trainings)
+        own = [name for name in self.owners if name not in self.sent]
+        prepared = self.graph.get("prepared") or {}
+        sets = [PUBLIC, *own] if has_public_stage or self.graph.get("public_data") else own
+        manifests = {**{name: f"data/{name}" for name in sets}, **prepared}
         absent = ["pipeline.yaml"] if self.pipeline is None else []
-        absent += [f"data/{name}/manifest.json" for name in (PUBLIC, *self.owners) if name not in self.data]
+        absent += [f"{place}/manifest.json" for name, place in manifests.items() if name not in self.data]
+        absent += [f"{place}/contribution.json" for name, place in self.sent.items() if name not in self.contributions]
+        verified = [*(["base"] if "base" in (self.graph.get("digests") or {}) else []), *self.sent]
+        records = [f"verified/{name}.json" for name in verified]
+        absent += [place for place in records if not (self.path / place).is_file()]
         stages: list[tuple[str, str | None, str]] = [("public", PUBLIC, "public")] if has_public_stage else []
-        stages += [("expert", name, f"experts/{name}") for name in self.owners]
-        stages += [("dense", name, f"dense/{name}") for name in self.owners] if has_dense else []
+        stages += [("expert", name, f"experts/{name}") for name in own]
+        stages += [("dense", name, f"dense/{name}") for name in own] if has_dense else []
         stages += [("tuned", None, "tuned")] if self.graph.get("tune_router") is not None else []
         for kind, domain, place in stages:
             part = self.training(kind, domain)
@@ -134,19 +148,20 @@ def read_run(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise UserError(f"{path} is not a directory: give the run directory of a `flexpert pipeline`")
     pipeline = read_yaml(path / "pipeline.yaml")
-    planned = list(pipeline["pipeline"]["experts"]) if pipeline is not None else []
+    graph = pipeline["pipeline"] if pipeline is not None else {}
+    sent, prepared = graph.get("contributions") or {}, graph.get("prepared") or {}
+    planned = [*(graph.get("experts") or {}), *sent]
     found = {name for folder in ("experts", "dense") for name in subdirectories(path / folder)}
     owners = planned + sorted(found - set(planned))
-    data = {
-        name: read_record(path / "data" / name / "manifest.json", "flexpert.data")
-        for name in in_order(subdirectories(path / "data"), [PUBLIC, *owners])
-        if (path / "data" / name / "manifest.json").is_file()
-    }
+    sets = {name: path / "data" / name for name in subdirectories(path / "data")}
+    sets |= {name: Path(place) for name, place in prepared.items()}
+    manifests = {name: sets[name] / "manifest.json" for name in in_order([*sets], [PUBLIC, *owners])}
     stages: list[tuple[str, str | None, Path]] = [("public", PUBLIC, path / "public")]
     stages += [("expert", name, path / "experts" / name) for name in owners]
     stages += [("dense", name, path / "dense" / name) for name in owners]
     trainings = [read_training(*stage) for stage in [*stages, ("tuned", None, path / "tuned")]]
-    records = {name: path / "experts" / name / "contribution/contribution.json" for name in owners}
+    own = {name: path / "experts" / name / "contribution" for name in owners}
+    records = {name: Path(sent.get(name, place)) / "contribution.json" for name, place in own.items()}
     model_file, assembly, evaluation = (
         path / "assembled/config.json",
         path / "assembled/assembly.json",
@@ -156,7 +171,7 @@ def read_run(path: Path) -> RunDirectory:
         path=path,
         pipeline=pipeline,
         owners=owners,
-        data=data,
+        data={name: read_record(p, "flexpert.data") for name, p in manifests.items() if p.is_file()},
         trainings=[part for part in trainings if part is not None],
         contributions={n: read_record(p, "flexpert.contribution") for n, p in records.items() if p.is_file()},
         model=read_shape(model_file) if model_file.is_file() else None,

@@ -8,11 +8,15 @@ import queue
 import re
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexpert.checkpoint import envelope
 from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
+from flexpert.monitor.jsonl import read_metrics
+from flexpert.records import read_json
 
 #: Groups and keys whose numbers and switches W&B may see. Paths, titles, prompts and anything new stay here.
 ALLOWED_GROUPS = ("model.", "optim.", "train.")
@@ -29,6 +33,8 @@ MAX_ROWS = 1000
 #: What its client says where a server has understood and refused, as it does for a key that is not valid.
 REFUSED = re.compile(r"returned error 4\d\d")
 ADVICE = "; monitor.wandb=offline goes on without its server"
+#: The directory that W&B's client makes for each start of a run: when, and the run's id, one of ours.
+RUN_DIRECTORY = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-([0-9a-f]{16})")
 
 
 def is_allowed(key: str, value: Any) -> bool:
@@ -129,6 +135,35 @@ def default_id(output: Path, flat: dict[str, Any]) -> str:
     return run_id(output, repr(sorted(allowed_config(flat).items())))
 
 
+def recorded_id(output: Path) -> str | None:
+    """The id that the run in a stage's directory has, wherever that was when it began; None: it was given none yet."""
+    starts = [match.groups() for path in output.glob("wandb/*") if (match := RUN_DIRECTORY.fullmatch(path.name))]
+    if starts:
+        return str(max(starts)[1])
+    checkpoints = output / "checkpoints"
+    if not (steps := envelope.steps(checkpoints)):
+        return None
+    found = read_json(envelope.step_path(checkpoints, steps[-1]) / envelope.RECORD_NAME).get("wandb_id")
+    return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{16}", found) else None
+
+
+def tell_missing(run: Any, rows: list[dict[str, Any]]) -> int:
+    """Log those of a stage's rows that W&B's server does not have; returns how many these are.
+
+    The server takes a run's steps in their order alone and tells a client that resumes the run which one is next. So
+    where each start of a run begins with this, what the server has is the beginning of the rows, without gaps.
+
+    Args:
+        run: W&B's, resumed and online.
+        rows: all of the stage's, in order.
+    """
+    first = run.starting_step
+    missing = [row for row in rows if row["step"] >= first]
+    for row in missing:
+        run.log(row, step=row["step"])
+    return len(missing)
+
+
 class WandbRun:
     """The run of a stage that trains.
 
@@ -208,6 +243,8 @@ class WandbRun:
         try:
             run = self.start(mode)
             run.define_metric("*", step_metric="tokens")
+            if mode == "online" and not run.offline:  # what an earlier start could not tell
+                tell_missing(run, read_metrics(self.output / "metrics.jsonl"))
             self.started.set()
             while isinstance(row := self.rows.get(), dict):
                 run.log(row, step=row["step"])
@@ -216,35 +253,43 @@ class WandbRun:
             kill_service()
             self.error = error
         finally:
-            self.forget()
+            forget()
             self.started.set()
 
-    def forget(self) -> None:
-        """Have W&B end what it still has, as a run that failed: else it does so when this process ends, without a limit
-        of time and with a traceback, and takes the next run for the same.
-        """
-        with contextlib.suppress(Exception, SystemExit):
-            import wandb
-
-            with contextlib.suppress(Exception):
-                wandb.finish()
-            wandb.teardown()
-
     def start(self, mode: str) -> Any:
-        try:
-            return start_run(self.config, mode, self.stage, self.output, self.flat, self.id)
-        except UnreachableError as error:
-            if mode == "offline":
-                raise
-            kill_service()  # which still holds the run's name
-            self.forget()
-            later = f"`wandb sync {self.output / 'wandb'}/offline-run-*` uploads it"
-            print(f"note: {describe(error)}: this run is recorded offline, and {later}", flush=True)
-            return start_run(self.config, "offline", self.stage, self.output, self.flat, self.id)
+        return start_reachable(
+            lambda mode: start_run(self.config, mode, self.stage, self.output, self.flat, self.id), mode, self.output
+        )[0]
+
+
+def start_reachable(start: Callable[[str], Any], mode: str, output: Path) -> tuple[Any, str]:
+    """What `start` returns for the mode, or for offline where the server cannot be reached; and that mode."""
+    try:
+        return start(mode), mode
+    except UnreachableError as error:
+        if mode == "offline":
+            raise
+        kill_service()  # which still holds the run's name
+        forget()
+        later = f"`flexpert sync run={output}` uploads it"
+        print(f"note: {describe(error)}: this run is recorded offline, and {later}", flush=True)
+        return start("offline"), "offline"
 
 
 def describe(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].removesuffix(ADVICE)
+
+
+def forget() -> None:
+    """Have W&B end what it still has, as a run that failed: else it does so when this process ends, without a limit of
+    time and with a traceback, and takes the next run for the same.
+    """
+    with contextlib.suppress(Exception, SystemExit):
+        import wandb
+
+        with contextlib.suppress(Exception):
+            wandb.finish()
+        wandb.teardown()
 
 
 def kill_service() -> None:
