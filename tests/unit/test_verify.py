@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flexpert.assembly.assemble import assemble
 from flexpert.assembly.record import read_assembly
 from flexpert.assembly.remove import remove
 from flexpert.checkpoint.digest import base_digest
 from flexpert.cli import main
+from flexpert.records import read_record
 
 Maker = Callable[..., Path]
 Refused = Callable[..., AbstractContextManager[None]]
@@ -83,6 +85,73 @@ def test_a_model_is_described(
         assert part in out
 
 
+def test_a_public_model_is_described_with_the_digest_that_contributions_name(
+    shared_base: Path, make_base: Maker, contribution: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = json.loads((contribution / "contribution.json").read_text())["base_digest"]
+    sharded = make_base(tmp_path / "sharded", shard_size="20KB")
+    for path in (shared_base, sharded):
+        main(["verify", f"model={path}", f"digest={digest}"])
+        out = capsys.readouterr().out
+        for part in (f"{path} is a public model", f"  digest {digest}\n", "every number is finite", "F32",
+                     "rope_theta 1,234.0", "checked: its digest is the one that was given"):  # fmt: skip
+            assert part in out, out
+
+
+def test_a_digest_that_was_told_must_be_the_one_that_is_there(
+    contribution: Path, model: Path, shared_base: Path, tmp_path: Path, fails: Fails,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output, wrong = tmp_path / "new/verified.json", "sha256:" + "0" * 64
+    for word in (f"contribution={contribution}", f"model={model}", f"model={shared_base}"):
+        main(["verify", word])
+        lines = capsys.readouterr().out.splitlines()
+        digest = next(line for line in lines if line.startswith("  digest ")).removeprefix("  digest ")
+        fails([word, f"digest={wrong}", f"output={output}"], word.partition("=")[2], digest, wrong)
+        assert not output.parent.exists()
+        main(["verify", word, f"digest={digest}"])
+        assert "checked: its digest is the one that was given\n" in capsys.readouterr().out
+        fails([word, f"digest={digest.upper()}"], "is no digest")
+
+
+def test_what_was_verified_is_written(
+    contribution: Path, model: Path, shared_base: Path, tmp_path: Path, fails: Fails
+) -> None:
+    base, output = base_digest(shared_base), tmp_path / "new/verified.json"
+    record = json.loads((contribution / "contribution.json").read_text())
+    weights = (contribution / "expert.safetensors").stat().st_size
+    public = sum((shared_base / name).stat().st_size for name in ("model.safetensors", "tokenizer.json"))
+    expected = {
+        f"contribution={contribution}": ("math", record["digest"], base, 1, weights),
+        f"model={shared_base}": ("public", base, base, 2, public),
+    }
+    for word, values in expected.items():
+        main(["verify", word, f"output={output}"])
+        found = read_record(output, "flexpert.verified")
+        assert tuple(found[key] for key in ("id", "digest", "base_digest", "files", "bytes")) == values
+    main(["verify", f"model={model}", f"output={output}"])
+    found = read_record(output, "flexpert.verified")
+    assert (found["id"], found["base_digest"]) == (None, base)
+    assert found["bytes"] == sum(file.bytes for file in read_assembly(model).files)
+    fails([f"model={model}", f"output={tmp_path}"], f"output={tmp_path} is a directory")
+    fails([f"model={model}", f"output={output}/x.json"], f"output={output} cannot be written")
+
+
+def test_the_digest_of_a_model_is_of_its_parts_and_their_order(
+    model: Path, shared_base: Path, contributions: dict[str, Path], tmp_path: Path
+) -> None:
+    def digest(path: Path) -> str:
+        main(["verify", f"model={path}", f"output={tmp_path}/verified.json"])
+        return str(read_record(tmp_path / "verified.json", "flexpert.verified")["digest"])
+
+    parts = list(contributions.values())
+    assemble(shared_base, parts, tmp_path / "again")
+    assemble(shared_base, parts[::-1], tmp_path / "reversed")
+    assemble(shared_base, parts[:1], tmp_path / "fewer")
+    digests = [digest(path) for path in (model, *(tmp_path / name for name in ("again", "reversed", "fewer")))]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
 def test_another_k_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It may be changed by hand, and config.json has no hash."""
     main(["verify", f"model={model}"])
@@ -98,6 +167,7 @@ def test_it_needs_no_torch(model: Path, contribution: Path, shared_base: Path) -
         "import sys; from flexpert.cli import main\n"
         f"main(['verify', 'model={model}'])\n"
         f"main(['verify', 'contribution={contribution}', 'base={shared_base}'])\n"
+        f"main(['verify', 'model={shared_base}'])\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
@@ -106,7 +176,9 @@ def test_it_needs_no_torch(model: Path, contribution: Path, shared_base: Path) -
 def test_what_is_neither_is_refused(
     shared_base: Path, contribution: Path, model: Path, tmp_path: Path, fails: Fails
 ) -> None:
-    fails([f"model={shared_base}"], shared_base, "assembly.json")
+    mixture = shutil.copytree(model, tmp_path / "mixture")
+    (mixture / "assembly.json").unlink()
+    fails([f"model={mixture}"], mixture, "holds no assembly.json")
     fails([f"model={contribution}"], "is a contribution, not a model")
     fails([f"contribution={model}"], "is a model, not a contribution")
     fails([f"contribution={contribution}", f"base={model}"], f"base={model} is a mixture")
@@ -154,6 +226,15 @@ def test_a_contribution_with_a_number_that_is_not_finite_is_refused(
     expert_tensors["layers.1.up_proj.weight"][3, 5] = bad
     forged = forge_contribution(tmp_path / "forged", shared_base, expert_tensors)
     fails([f"contribution={forged}"], forged, "'layers.1.up_proj.weight' holds NaN or infinity")
+
+
+def test_a_public_model_with_a_number_that_is_not_finite_or_of_two_types_is_refused(base: Path, fails: Fails) -> None:
+    path, name = base / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    save_file({**tensors, name: tensors[name].fill_(float("inf"))}, path)
+    fails([f"model={base}"], path, name, "NaN or infinity")
+    save_file({**tensors, name: torch.zeros_like(tensors[name], dtype=torch.bfloat16)}, path)
+    fails([f"model={base}"], base, "BF16", "F32")
 
 
 @pytest.mark.parametrize(
