@@ -118,6 +118,14 @@ def read(directory: Path) -> Record | None:
     return None if found is None else Record(*found.groups())
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process holds the directory, here or elsewhere: whether it has counted within the last moments."""
+    found = read(directory)
+    if found is None or found.state == "released":
+        return False
+    return time.time() - (directory / LOCK_NAME).stat().st_mtime < BEAT * PATIENCE
+
+
 def watch(directory: Path, found: Record) -> None:
     """Return when `found` is the record of a dead process, or is released.
 

@@ -18,10 +18,13 @@ from flexpert.errors import UserError
 SCHEMA_VERSIONS = {
     "flexpert.data": 1,
     "flexpert.contribution": 2,
+    "flexpert.verified": 1,
     "flexpert.assembly": 2,
     "flexpert.evaluation": 1,
     "flexpert.checkpoint": 2,
     "flexpert.stage": 1,
+    "flexpert.job": 1,
+    "flexpert.end": 1,
 }
 
 

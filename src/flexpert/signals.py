@@ -16,6 +16,8 @@ from flexpert.parallel.environment import is_first
 
 #: Exit status of what was told to stop, and goes on when it is started again; sysexits.h calls it EX_TEMPFAIL.
 REQUEUE = 75
+#: Exit status where another process of the stage was lost.
+LOST = 3
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 _deferred = False

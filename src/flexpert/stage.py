@@ -16,6 +16,7 @@ from flexpert.records import write_atomic
 FREE_KEYS = (
     "monitor", "checkpoint", "resume", "parallel", "output_dir", "batch_sequences", "moe_backend", "device",
     "train.recompute", "train.step_timeout", "train.spike_threshold", "train.max_skipped",
+    "local_copy",
 )  # fmt: skip
 
 #: What a kill leaves of a `resolved.yaml` that was being written.

@@ -15,17 +15,13 @@ import megatron.core.parallel_state  # noqa: F401 (the ranks are forked from her
 import pytest
 from toy import SHAPE, with_toy
 
+from flexpert import signals
 from flexpert.cli import main
 from flexpert.parallel import pulse
+from flexpert.parallel.environment import free_port
 from flexpert.train.loop import Trainer
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -105,7 +101,7 @@ def test_a_rank_that_is_lost_is_named_and_the_others_end(
     words = ["pretrain", *with_toy(*SHAPE, f"data.dir={road}/data/public", f"output_dir={tmp_path}/run",
              "train.microbatch_sequences=1", "train.batch_tokens=96")]  # fmt: skip
     statuses, errors = run_main(3, words, tmp_path, stopped=int(status is None))
-    assert statuses == [status if rank == lost else pulse.LOST_RANK for rank in range(3)]
+    assert statuses == [status if rank == lost else signals.LOST for rank in range(3)]
     (told,) = said(errors)
     assert line.replace("HOST", socket.gethostname()) in told and told.endswith("; start the stage again, it goes on")
     assert all("Traceback" not in text for rank, text in enumerate(errors) if rank != lost)
@@ -134,7 +130,7 @@ def test_processes_that_cannot_meet_say_where(road: Path, tmp_path: Path) -> Non
         [sys.executable, "-m", "flexpert", *words],
         env=os.environ | environment(1, 2, port) | {"LOCAL_RANK": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == pulse.LOST_RANK
+    assert done.returncode == signals.LOST
     (told,) = said([done.stderr])
     assert f"rank 1 of 2 cannot meet the others at 127.0.0.1:{port}" in told
     assert not (tmp_path / "run").exists()

@@ -233,7 +233,7 @@ def smoke_nodes(output: Path) -> list[Node]:
     """AdamW divides a gradient by its own size: in thirty steps, what rounding does to a small one, as router rows have
     them, comes to 1e-4 of their shares. With an epsilon above that, these hold to 1e-5 like everything else.
     """
-    training = ["train.microbatch_sequences=8", "monitor.wandb=off", "optim.eps=1e-4"]
+    training = ["monitor.wandb=off", "optim.eps=1e-4"]
     config, _ = compose("pipeline", ["pipeline=smoke", f"output_dir={output}"])
     nodes = []
     for node in build_graph(config):

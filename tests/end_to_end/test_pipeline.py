@@ -14,6 +14,7 @@ import pytest
 from flexpert.cli import run_stage
 from flexpert.config.compose import compose
 from flexpert.launch.graph import Records, build_graph
+from flexpert.launch.status import read_graph
 from flexpert.records import read_record
 from flexpert.signals import REQUEUE
 
@@ -102,6 +103,7 @@ def test_started_again_it_writes_the_report_and_nothing_else(smoke: Path) -> Non
         ".lock",
         "pipeline.yaml",
         "report.begun",
+        "report.ended",
         "report.html",
         "report.png",
         "report.log",
@@ -120,16 +122,17 @@ def test_what_was_deleted_is_made_again_and_equal(smoke: Path) -> None:
 
 def test_what_has_no_record_is_made_again_and_equal(smoke: Path) -> None:
     """As after a kill between the end of a stage and its record."""
-    nodes = ["data.news", "experts.news", "assembled"]
-    paths = [smoke / f"stages/{node}.json" for node in nodes]
-    before = [path.read_bytes() for path in paths]
+    records, nodes = Records(smoke), {node.name: node for node in read_graph(smoke)}
+    again = [nodes[name] for name in ("data/news", "experts/news", "assembled")]
+    paths = [records.path(node) for node in again]
+    before = [records.digest(node) for node in again]
     for path in paths:
         path.unlink()
     (smoke / "data/news/left").touch()
     status, text = run(smoke)
     assert status == 0, text
     assert re.findall(r"(\S+): started", text) == ["data/news", "experts/news", "assembled"]
-    assert [path.read_bytes() for path in paths] == before
+    assert [records.digest(node) for node in again] == before
     log = (smoke / "logs/data.news.log").read_text()
     assert log.count("--- data/news: started") == 2 and log.count("documents") == 4, "both attempts are in the log"
 

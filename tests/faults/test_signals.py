@@ -1,8 +1,11 @@
 """Whoever is told to stop, and when: all ranks save, end with the status that means "again", and go on bit for bit."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +126,36 @@ def test_a_second_interrupt_does_not_wait_for_the_step(jobs: dict[str, Job], tmp
 
 def run_once(words: list[str], num_ranks: int, logs: Path, *planted: Fault) -> Ended:
     return Start(words, num_ranks, logs, planted).end()
+
+
+def test_told_to_stop_while_it_compiles_it_has_not_failed(jobs: dict[str, Job], tmp_path: Path) -> None:
+    """As by Slurm, which sends a signal to the compiler, too."""
+    cache, words = tmp_path / "compiled", jobs["pretrain"].but("train.compile=true").words(tmp_path / "run")
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "flexpert", *words], env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        assert any("the first step takes longer" in line for line in process.stdout)
+        while process.poll() is None and not compilers(process.pid):
+            time.sleep(0.02)
+        assert process.poll() is None, "it has compiled nothing"
+        os.killpg(process.pid, signal.SIGUSR1)
+        said = process.stderr.read()
+    assert process.returncode == REQUEUE, said
+    assert said.startswith("flexpert: told to stop within a step, which ended with ") and said.count("\n") == 1
+
+
+def compilers(session: int) -> list[int]:
+    """The C++ compilers that processes of a session have started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text().partition("(")[2].rpartition(")")
+            if name == "cc1plus" and int(rest.split()[3]) == session:
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "USR2"])

@@ -14,8 +14,9 @@ from flexpert.checkpoint.huggingface import olmo2_config, tensor_map
 from flexpert.checkpoint.layout import Architecture
 from flexpert.cli import main
 from flexpert.config.accelerators import IMPLEMENTATIONS, check_usable, names
-from flexpert.config.compose import compose, leaves_of
+from flexpert.config.compose import compose
 from flexpert.config.groups import ComputeConfig, ModelConfig, OptimConfig
+from flexpert.config.schema import leaves_of
 from flexpert.config.stages import PretrainConfig
 from flexpert.data.tokenizer import train_tokenizer
 from flexpert.errors import UserError

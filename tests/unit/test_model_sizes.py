@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from flexpert.config.compose import conf_directory
 from flexpert.config.groups import ModelConfig
+from flexpert.config.tree import conf_directory
 from flexpert.model.transformer import build_on_meta
 
 

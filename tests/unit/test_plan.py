@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexpert.checkpoint import distributed
 from flexpert.checkpoint.layout import model_shapes
 from flexpert.cli import main
-from flexpert.config.compose import compose, conf_directory
+from flexpert.config.compose import compose
 from flexpert.config.groups import ModelConfig, OptimConfig
+from flexpert.config.tree import conf_directory
 from flexpert.model.flops import Flops, flops_per_token
 from flexpert.model.loss import chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer, build_on_meta

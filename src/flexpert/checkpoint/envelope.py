@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flexpert.assembly.files import FILES_AT_A_TIME
 from flexpert.checkpoint.store import fsync_path
 from flexpert.errors import UserError
 from flexpert.records import canonical_json, read_record, sha256_file, write_record
@@ -34,6 +33,8 @@ STEP_NAME = re.compile(r"step-(\d{9})")
 FILE_NAME = re.compile(r"\.metadata|__\d+_\d+\.distcp")
 RECORD_NAME, KEY_NAME = "checkpoint.json", ".key"
 KEY_BYTES = 32
+#: Hashing lets other threads run, so this many files are read at a time.
+HASHED_AT_A_TIME = min(8, os.cpu_count() or 1)
 #: What the operating system says when there is no room.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -178,7 +179,7 @@ def read_checked(directory: Path, step: int, key: bytes) -> dict[str, Any]:
 
 def damaged_files(path: Path, files: dict[str, str]) -> list[str]:
     """Those of `files` (name → SHA-256) whose content is another one; raises OSError where one cannot be read."""
-    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
         digests = pool.map(lambda name: sha256_file(path / name), files)
         return [name for name, digest in zip(files, digests, strict=True) if digest != files[name]]
 

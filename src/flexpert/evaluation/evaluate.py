@@ -1,6 +1,7 @@
 """`flexpert evaluate`: one model, under any choice of experts, beside what owners could do without it."""
 
 import gc
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def run(config: EvaluateConfig, resolved: str) -> None:
         UserError: a data set, the model, a baseline or `output_dir` cannot be used as the config says; nothing has
             been scored or written then.
     """
+    config = without_missing(config)
     output, main = Path(config.output_dir), ModelDirectory.open(Path(config.model))
     device = set_up_process(config.device, config.parallel)
     ranks = ranks_for_inference(config.parallel, device, main.config)
@@ -104,6 +106,16 @@ def run(config: EvaluateConfig, resolved: str) -> None:
     on_first(lambda: write_record(output / "evaluation.json", "flexpert.evaluation", content))
     print_bits(content)
     print(output / "evaluation.json")
+
+
+def without_missing(config: EvaluateConfig) -> EvaluateConfig:
+    """The config without the optional directories that are not there."""
+
+    def there(directories: dict[str, str]) -> dict[str, str]:
+        return {n: path for n, path in directories.items() if path not in config.optional or os.path.lexists(path)}
+
+    baselines = replace(config.baselines, dense=there(config.baselines.dense))
+    return replace(config, data=replace(config.data, dirs=there(config.data.dirs)), baselines=baselines)
 
 
 def check_data(model: ModelDirectory, sets: list[EvaluationSet]) -> None:

@@ -1,7 +1,9 @@
 """Which of several processes this is, as torchrun or srun says in the environment; without PyTorch."""
 
+import contextlib
 import os
 import re
+import secrets
 import socket
 from collections.abc import Mapping, MutableMapping
 
@@ -10,8 +12,17 @@ NUM_RANKS, RANK, LOCAL_RANK = "WORLD_SIZE", "RANK", "LOCAL_RANK"
 ADDRESS, PORT = "MASTER_ADDR", "MASTER_PORT"
 #: The same in a step of Slurm's. A batch script without srun has the job's variables, but not the step's.
 SLURM = {NUM_RANKS: "SLURM_STEP_NUM_TASKS", RANK: "SLURM_PROCID", LOCAL_RANK: "SLURM_LOCALID"}
-#: Ports that a job's steps meet at: 20000 to 31999, below those that Linux gives out.
+#: Ports that processes meet at: 20000 to 31999, below those that Linux gives to anyone who asks for one.
 FIRST_PORT, NUM_PORTS = 20000, 12000
+
+
+def free_port() -> int:
+    """One that nobody listens at, for the processes that are about to be started here."""
+    while True:
+        port = FIRST_PORT + secrets.randbelow(NUM_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as trial:
+            trial.bind(("", port))
+            return port
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from flexpert.errors import UserError
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
-from flexpert.parallel.pulse import BEAT, GRACE, LOST_RANK, SILENCE, Pulse
-from flexpert.signals import REQUEUE, Stopped
+from flexpert.parallel.pulse import BEAT, GRACE, SILENCE, Pulse
+from flexpert.signals import LOST, REQUEUE, Stopped
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def join_ranks(device: torch.device, seconds: float) -> torch.device:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"rank {rank()} of {num_ranks()} cannot meet the others at {address}:{port}: {reason}",
-                status=LOST_RANK,  # it may be that one was killed before
+                status=LOST,  # it may be that one was killed before
             ) from None
         _pulse.start()
     return device
@@ -78,7 +78,7 @@ def among_ranks() -> Iterator[None]:
     lost, that is said instead.
 
     Raises:
-        SystemExit: status `LOST_RANK`, where another rank was lost, or `REQUEUE`, where it was told to stop.
+        SystemExit: status `LOST`, where another rank was lost, or `REQUEUE`, where it was told to stop.
     """
     try:
         yield
@@ -90,15 +90,20 @@ def among_ranks() -> Iterator[None]:
                 _pulse.tell("it was told to stop", REQUEUE)
                 time.sleep(3 * BEAT)  # rank 0 may be where the others read it
                 raise
-            if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in reason):
+            if is_of_others(error):
                 patience = SILENCE + GRACE
             if _pulse.found.wait(patience) and _pulse.lost is not None:
                 _pulse.over.set()
                 _pulse.say(_pulse.lost)
                 raise SystemExit(_pulse.status) from None
-            _pulse.tell(reason, error.status if isinstance(error, UserError) else LOST_RANK)
+            _pulse.tell(reason, error.status if isinstance(error, UserError) else LOST)
         raise
     leave_ranks()
+
+
+def is_of_others(error: BaseException) -> bool:
+    """Whether an error may come of another process's end."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def on_first(function: Callable[[], T]) -> T:

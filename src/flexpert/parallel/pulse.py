@@ -14,12 +14,12 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from flexpert.signals import LOST
+
 #: Seconds between two beats; without one for so many, a rank has ended, or its machine has; after so many more, whoever
 #: still waits in a collective is ended.
 BEAT, SILENCE, GRACE = 1.0, 15.0, 30.0
-#: Exit status where another process was lost.
-LOST_RANK = 3
-#: The same, where it has ended by the user's mistake.
+#: Exit status where another process has ended by the user's mistake.
 MISTAKE = 2
 
 
@@ -38,7 +38,7 @@ class Pulse(threading.Thread):
         self.watched = [other for other in (range(num_ranks) if rank == 0 else [0]) if other != rank]
         self.counts: dict[int, tuple[bytes, float]] = {}  # of a watched rank, its last beat and when it was new
         self.lost: str | None = None
-        self.status = LOST_RANK  # to end with
+        self.status = LOST  # to end with
         self.found = threading.Event()  # there is a lost rank
         self.over = threading.Event()
         self.store.set(f"where/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
@@ -94,7 +94,7 @@ class Pulse(threading.Thread):
             advice = "" if self.status == MISTAKE else "; start the stage again, it goes on"
             print(f"flexpert: {lost}{advice}", file=sys.stderr, flush=True)
 
-    def tell(self, reason: str, status: int = LOST_RANK) -> None:
+    def tell(self, reason: str, status: int = LOST) -> None:
         """That this rank ends by an error, and with which status the others shall."""
         self.over.set()
         with contextlib.suppress(RuntimeError):

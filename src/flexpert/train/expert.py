@@ -7,6 +7,7 @@ experts run on every token; the router sets only the mixture.
 
 import gc
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from flexpert.checkpoint.digest import base_digest, tokenizer_digest
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.huggingface import fill, job_tensor_map, tensor_map
+from flexpert.checkpoint.local_copy import read_locally
 from flexpert.checkpoint.sharding import assign, gather_to_first, local_part
 from flexpert.config.accelerators import check_usable
 from flexpert.config.groups import ModelConfig
@@ -77,7 +79,12 @@ def run(config: ExpertConfig, resolved: str) -> None:
     windows = mixed_windows(config, config.public_share)
     steps = config.router.calibration_steps
     calibration = mixed_windows(config, config.router.calibration_public_share) if steps else None
-    model, ranks = build_job(base, config, device)
+    # $TMPDIR is another on every node.
+    local_copy = os.path.expandvars(config.local_copy) if config.local_copy is not None else None
+    with read_locally(base, local_copy) as readable:
+        model, ranks = build_job(readable, config, device)
+    if local_copy is not None:
+        check_copied(model, base, inputs["base"], local_copy)
     trainer = Trainer(model, config, "expert", manifest, device, resolved, windows, inputs, ranks)
     on_first(lambda: claim_directory(output, resolved, config.resume))
     trainer.run()
@@ -113,6 +120,20 @@ def run(config: ExpertConfig, resolved: str) -> None:
 
     on_first(write)
     print(contribution)
+
+
+def check_copied(model: Transformer, base: ModelDirectory, digest: str, directory: str) -> None:
+    """Raises `UserError` where what was read from copies is not the base, as after a disk's silent error."""
+    frozen = job_tensor_map(model.config, expert=False)
+    found = frozen_digest(model, frozen, base.require_one_dtype(), tokenizer_digest(base.path))
+
+    def compare() -> None:
+        if found != digest:
+            raise UserError(
+                f"a copy of {base.path} in local_copy={directory} holds other weights: delete it there on every node"
+            )
+
+    on_first(compare)
 
 
 def for_calibration(model: Transformer, ranks: Ranks, device: torch.device) -> Transformer:

@@ -29,7 +29,7 @@ from flexpert.model.loss import IGNORE, chunked_nll, router_z_sum
 from flexpert.model.transformer import Transformer
 from flexpert.monitor.stopwatch import Stopwatch
 from flexpert.parallel.environment import is_first
-from flexpert.parallel.process import on_first
+from flexpert.parallel.process import is_of_others, on_first
 from flexpert.parallel.ranks import ALONE, Ranks, clip_gradients
 from flexpert.parallel.recompute import recompute_blocks
 from flexpert.parallel.straggler import Straggler
@@ -207,11 +207,35 @@ class Trainer:
                     row, self.unfinished = self.unfinished, None
                     self.after_step(row)
                 while self.step < self.num_steps:
-                    self.after_step(self.optimizer_step())
+                    with self.compiling():
+                        row = self.optimizer_step()
+                    self.after_step(row)
             self.failed = False
             if self.ranks.meshes is not None:
                 peaks = ", ".join(f"{peak / 2**20:,.0f}" for peak in self.ranks.every(peak_memory(self.device)))
                 print(f"peak memory of ranks 0, 1, …: {peaks} MiB", flush=True)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around a step, the first of which waits for compilers.
+
+        Schedulers send their signals to these, too, and they do not outlive them.
+
+        Raises:
+            Stopped: the step failed after this process was told to stop; it had changed nothing.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not requested() or isinstance(error, UserError) or is_of_others(error):
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            print(
+                f"flexpert: told to stop within a step, which ended with {type(error).__name__}: {reason}; "
+                "start it again to go on from the last checkpoint",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            raise Stopped from error
 
     def leave(self, callback: Callback) -> None:
         callback.after_run(self, self.failed)
@@ -234,8 +258,10 @@ class Trainer:
                 print(f"flexpert: told to stop; {saved}; start it again to go on", file=sys.stderr, flush=True)
             raise Stopped
         if self.ending:
+            count = self.skipped_in_a_row
+            skipped = "a step was" if count == 1 else f"{count} steps in a row were"
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row were skipped: lower optim.lr (now {self.config.optim.lr}), "
+                f"{skipped} skipped: lower optim.lr (now {self.config.optim.lr}), "
                 f"look at the data that {self.output / 'skipped.jsonl'} names, or raise train.spike_threshold"
             )
         self.arm()

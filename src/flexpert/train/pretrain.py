@@ -54,10 +54,12 @@ def run(config: PretrainConfig, resolved: str) -> None:
 def check_batch(config: TrainingStage, is_mixture: bool) -> None:
     """Raises `UserError` where the sequences of a step cannot be dealt out to the processes."""
     train, number = config.train, layout_of(config.parallel, is_mixture).data or 1
-    if train.batch_sequences % (number * train.microbatch_sequences):
+    share, rest = divmod(train.batch_sequences, number)
+    if rest or (share > train.microbatch_sequences and share % train.microbatch_sequences):
         raise UserError(
             f"train.batch_tokens={train.batch_tokens} is {train.batch_sequences} sequences, which {number} processes "
-            f"with microbatches of {train.microbatch_sequences} cannot share: make it a multiple of "
+            f"with microbatches of {train.microbatch_sequences} cannot share: change "
+            "train.microbatch_sequences, or make it a multiple of "
             f"{number * train.microbatch_sequences * train.sequence_length} tokens"
         )
 

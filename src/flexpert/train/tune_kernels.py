@@ -9,9 +9,10 @@ from flexpert_kernels.moe.dispatch import choose
 from flexpert_kernels.tuning import Tuned, cache_file, tune
 
 from flexpert.checkpoint.directory import ModelDirectory
-from flexpert.config.compose import compose, group_options
+from flexpert.config.compose import compose
 from flexpert.config.groups import ModelConfig
 from flexpert.config.stages import TuneKernelsConfig
+from flexpert.config.tree import group_options
 from flexpert.errors import UserError
 
 
