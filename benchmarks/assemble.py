@@ -44,11 +44,12 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
         self.shapes = shapes
         largest = max(math.prod(shape) for shape in shapes.values())
-        self.values = torch.randn(largest, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        self.storage = torch.randn(largest, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
     def __getitem__(self, name: str) -> "torch.Tensor":
         shape = self.shapes[name]
-        return self.values[: math.prod(shape)].reshape(shape)
+        tensor: torch.Tensor = self.storage[: math.prod(shape)].reshape(shape)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import staging
+from torch.distributed.checkpoint import filesystem, staging, state_dict_saver
 from train_step import SIZES, Side, batch_of, timed, write_model
 
 from flexpert.checkpoint import envelope
@@ -96,11 +95,13 @@ class Ways:
         fsync_path(self.peer)
 
     def dcp_save(self) -> None:
-        dcp.save(self.training.state(), storage_writer=dcp.FileSystemWriter(self.peer, sync_files=True), no_dist=True)
+        writer = filesystem.FileSystemWriter(self.peer, sync_files=True)
+        state_dict_saver.save(self.training.state(), storage_writer=writer, no_dist=True)
         fsync_path(self.peer)
 
     def async_save(self, stager: staging.DefaultStager | None = None) -> Future[Any]:
-        future = dcp.async_save(self.training.state(), checkpoint_id=self.peer, async_stager=stager, no_dist=True)
+        state = self.training.state()
+        future = state_dict_saver.async_save(state, checkpoint_id=self.peer, async_stager=stager, no_dist=True)
         assert isinstance(future, Future)
         return future
 

@@ -59,9 +59,9 @@ def step(base: ModelDirectory, device: torch.device) -> tuple[float, dict[str, t
     model.to_empty(device=device)
     for expert in (False, True):
         fill(model, job_tensor_map(model.config, expert), base.files)
-    for index, rows in enumerate(layer.feed_forward.router for layer in model.blocks):
+    for index, layer in enumerate(model.blocks):
         generator = torch.Generator().manual_seed(index)
-        for parameter in rows.parameters():
+        for parameter in layer.get_submodule("feed_forward.router").parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     tokens = torch.randint(0, base.config.vocab, (2, 129), generator=torch.Generator().manual_seed(1)).to(device)
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):

@@ -128,7 +128,15 @@ def measure(
         for num_workers in workers:
             for system in SYSTEMS:
                 with tempfile.TemporaryDirectory(dir=folder) as output:
-                    command = [sys.executable, __file__, system, text, directory, f"{output}/out", str(num_workers)]
+                    command = [
+                        sys.executable,
+                        __file__,
+                        system,
+                        str(text),
+                        str(directory),
+                        f"{output}/out",
+                        str(num_workers),
+                    ]
                     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
                     wall, cpu = json.loads(done.stdout.splitlines()[-1])
                     times.setdefault((system, num_workers), []).append((wall, cpu))

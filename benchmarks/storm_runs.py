@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -21,12 +20,14 @@ import flexpert.assembly.stages
 import flexpert.config.compose
 import flexpert.data.prepare
 import flexpert.train.expert
-import flexpert.train.pretrain
+import flexpert.train.pretrain  # noqa: F401 (so that it is loaded, as those above)
 from flexpert.checkpoint import envelope
-from flexpert.cli import main as flexpert
+from flexpert.cli import main
 from flexpert.monitor.jsonl import read_metrics
 from flexpert.parallel import process, pulse
+from flexpert.parallel.environment import free_port
 from flexpert.records import sha256_file
+from flexpert.signals import LOST
 from flexpert.testing import Fault, faults
 
 #: Steps of training and of calibration, and between two checkpoints.
@@ -73,12 +74,6 @@ class Job(NamedTuple):
         keys = {override.partition("=")[0] for override in overrides}
         kept = [override for override in self.overrides if override.partition("=")[0] not in keys]
         return self._replace(overrides=[*kept, *overrides])
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Ended(NamedTuple):
@@ -175,7 +170,7 @@ def run_rank(rank: int, num_ranks: int, port: int, log: Path, words: list[str], 
         os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8") for stream in (1, 2))  # noqa: SIM115
     with faults(*planted):
-        flexpert(words)
+        main(words)
 
 
 def make_jobs(folder: Path) -> list[Job]:
@@ -314,7 +309,7 @@ class Run:
     def check_end(self, ended: Ended) -> None:
         """One that is left ends well, or because another is lost, or never came."""
         for status, said in zip(ended.statuses, ended.said, strict=True):
-            is_expected = status in (0, -signal.SIGKILL, pulse.LOST_RANK)
+            is_expected = status in (0, -signal.SIGKILL, LOST)
             if not is_expected or (status and not ended.was_killed):
                 self.problems.append(f"{self.output}: statuses {ended.statuses}\n{said}")
 

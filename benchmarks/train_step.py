@@ -185,7 +185,8 @@ def timed(side: Side, batch: Tensor) -> float:
 
 def peak_memory(kind: str, size: str, job: str, directory: Path) -> int:
     """Largest resident memory, bytes, of a process that runs three steps of one side."""
-    command = [sys.executable, __file__, "--memory-of", kind, "--sizes", size, "--job", job, "--directory", directory]
+    command = [sys.executable, __file__, "--memory-of", kind, "--sizes", size, "--job", job]
+    command += ["--directory", str(directory)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
