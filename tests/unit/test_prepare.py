@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import tokenizers
 import zstandard
 
+import flexpert.data.tokenizer
 from flexpert.cli import main
 from flexpert.data.dataset import read_manifest
 from flexpert.data.indexed import IndexedTokens
 from flexpert.data.prepare import is_held_out
-from flexpert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from flexpert.data.tokenizer import PIECE, Tokenizer, load_tokenizer, train_tokenizer
 from flexpert.records import sha256_file
 
 WORDS = ["one", "two", "naïve", "日本", "😀", "a\r\nb", "x = 3.14", '"quoted"', "\ttab", "\u2028", "end."]
@@ -221,6 +223,17 @@ def test_a_tokenizer_trained_on_the_spot_sees_no_held_out_text(tmp_path: Path) -
     output = prepare(tmp_path / "out", f"{tmp_path}/*.jsonl", "train_tokenizer.vocab_size=400", "valid_fraction=0.3")
     assert not [token for token in load_tokenizer(output / "tokenizer").backend.get_vocab() if "zy" in token]
     assert sorted(content(output, "train") + content(output, "valid")) == sorted(texts)
+
+
+def test_a_tokenizer_reads_a_book_in_pieces_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut where one white space stands alone, no word is cut; where there is none, nothing is lost."""
+    book = " ".join(TEXTS * 100)
+    assert len(list(PIECE.finditer(book))) > 2
+    in_pieces = train_tokenizer([book], 340, tmp_path / "pieces")
+    no_space = "日本語" * 50_000
+    assert "".join(piece[0] for piece in PIECE.finditer(no_space)) == no_space
+    monkeypatch.setattr(flexpert.data.tokenizer, "PIECE", re.compile("(?s).+"))
+    assert in_pieces.digest == train_tokenizer([book], 340, tmp_path / "whole").digest
 
 
 def test_empty_documents_are_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:

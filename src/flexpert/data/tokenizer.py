@@ -1,5 +1,6 @@
 """Tokenizers: `tokenizer.json` and its special tokens, without transformers; training a small one on request."""
 
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from flexpert.errors import UserError
 from flexpert.records import read_json, write_json
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+#: What training reads at once, up to white space: it takes hundreds of bytes for a character of one piece, and is told
+#: to stop between two.
+PIECE = re.compile(r"(?s).{1,65536}(?=\s)|.{1,65536}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: Path) 
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer)
+    pieces = (piece[0] for document in documents for piece in PIECE.finditer(document))
+    backend.train_from_iterator(pieces, trainer)
     directory.mkdir(parents=True)
     backend.save(str(directory / "tokenizer.json"))
     write_json(
