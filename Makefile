@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two workers with one thread each: a toy model gains nothing from a second thread.
 # Files in the order of their names: by default xdist deals those with the most tests first, and the few long ones last, one core idle.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-APT := chromium chromium-driver zsh slurmctld slurmd slurm-client munge
+APT := chromium chromium-driver zsh slurmctld slurmd slurm-client munge slurmdbd slurm-wlm-mysql-plugin mariadb-server-core mariadb-client-core
 
 .PHONY: demo test test-fast lint apt clean
 
@@ -38,7 +38,7 @@ $(STAMP): setup.py
 # The report's test opens it in a browser, the overrides' test types them into zsh, Slurm's tests start a cluster. Where
 # packages cannot be installed, these tests say how and are skipped.
 apt:
-	@PATH="$$PATH:/usr/sbin" which chromium chromedriver zsh slurmctld slurmd sbatch munged >/dev/null || \
+	@PATH="$$PATH:/usr/sbin" which chromium chromedriver zsh slurmctld slurmd sbatch munged slurmdbd mariadbd >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT) >/dev/null \
 		|| echo "note: $(APT) could not be installed; the tests that need them say so"; \

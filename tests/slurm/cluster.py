@@ -1,7 +1,7 @@
 """A real Slurm on loopback, for tests: daemons in the foreground below one process, all files in a short directory.
 
-Jobs run as whoever runs the tests, root or not. There are no cgroups, and no database: what became of a job is asked of
-the controller, which forgets none of them.
+Jobs run as whoever runs the tests, root or not. There are no cgroups and, where accounts are not asked for, no database:
+what became of a job is asked of the controller, which forgets none of them.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 MpiDefault=none
 SwitchType=switch/none
 MailProg=/bin/true
@@ -69,13 +69,35 @@ NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs={
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE DefaultTime=10
 """
 
+#: Accounts: nobody may submit a job without one.
+ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={directory}/munge/sock
+AccountingStorageEnforce=associations"""
+DATABASE_CONF = """
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge/sock
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser={user}
+PidFile={directory}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser={user}
+"""
 
-def missing() -> str | None:
-    """Why there can be no cluster here."""
-    absent = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name, path=path()) is None]
-    if not absent:
-        return None
-    return f"no {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge"
+
+def missing(accounts: bool = False) -> str | None:
+    """Why there can be no cluster here, or none that keeps accounts."""
+    names = ["slurmctld", "slurmd", "sbatch", "munged"]
+    packages = "slurmctld slurmd slurm-client munge"
+    if accounts:
+        names += ["slurmdbd", "mariadbd", "mariadb-install-db"]
+        packages += " slurmdbd slurm-wlm-mysql-plugin mariadb-server-core mariadb-client-core"
+    absent = [name for name in names if shutil.which(name, path=path()) is None]
+    return f"no {', '.join(absent)}: apt-get install {packages}" if absent else None
 
 
 def path() -> str:
@@ -124,14 +146,18 @@ class Cluster:
     Args:
         num_nodes, cpus, gpus: how many nodes, and CPUs and pretended GPUs of each.
         within: a command in which each node is started.
+        accounts: whether there is a database, with the account `lab`, in which the user of the tests is.
     """
 
-    def __init__(self, directory: Path, num_nodes: int, cpus: int, gpus: int, within: list[str]) -> None:
-        self.directory, self.within = directory, within
+    def __init__(
+        self, directory: Path, num_nodes: int, cpus: int, gpus: int, within: list[str], accounts: bool
+    ) -> None:
+        self.directory, self.within, self.accounts = directory, within, accounts
         self.nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
         # What a job around the tests has set is not for the jobs in here.
         outside = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         self.environment = outside | {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": path()}
+        self.user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         self.processes: dict[str, int] = {}
         for name in ("munge", "state", "log", "dev", *(f"spool/{node}" for node in self.nodes)):
             (directory / name).mkdir(parents=True, mode=0o755)
@@ -145,15 +171,21 @@ class Cluster:
 
     def configure(self, cpus: int, gpus: int) -> None:
         nodes = f"n[1-{len(self.nodes)}]"
-        port = free_ports(1 + len(self.nodes))
+        port = free_ports(2 + len(self.nodes))
+        common = {
+            "directory": self.directory, "host": socket.gethostname().split(".")[0], "user": self.user, "port": port,
+        }  # fmt: skip
+        accounting = ACCOUNTING.format(**common) if self.accounts else "AccountingStorageType=accounting_storage/none"
         names = {
-            "directory": self.directory, "host": socket.gethostname().split(".")[0],
-            "user": subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip(),
-            "controller_port": port, "node_ports": f"{port + 1}-{port + len(self.nodes)}",
+            **common, "accounting": accounting,
+            "controller_port": port + 1, "node_ports": f"{port + 2}-{port + 1 + len(self.nodes)}",
             "nodes": nodes, "cpus": cpus, "gres": f"Gres=gpu:{gpus}" if gpus else "",
             "first_job": random.randrange(1, 60000),
         }  # fmt: skip
         (self.directory / "slurm.conf").write_text(CONF.format(**names))
+        database = self.directory / "slurmdbd.conf"
+        database.touch(mode=0o600)  # slurmdbd reads no other
+        database.write_text(DATABASE_CONF.format(**common))
         for number in range(gpus):  # a device must be one, and no two may be the same
             (self.directory / f"dev/gpu{number}").symlink_to("/dev/null")
         devices = f"NodeName={nodes} Name=gpu File={self.directory}/dev/gpu[0-{gpus - 1}]\n" if gpus else ""
@@ -165,6 +197,8 @@ class Cluster:
         options = [f"--{option}={munge / name}" for option, name in files.items()]
         self.start_daemon("munged", "munged", "--foreground", "--force", "--num-threads=2", *options)
         wait_for("munged", (munge / "sock").exists, 30)
+        if self.accounts:
+            self.start_database()
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
@@ -176,8 +210,31 @@ class Cluster:
         print(json.dumps([command, str(self.directory / "log" / name)]), file=self.keeper.stdin, flush=True)
         self.processes[name] = int(self.keeper.stdout.readline())
 
-    def start_controller(self) -> None:
-        self.start_daemon("slurmctld", "slurmctld", "-D")
+    def start_database(self) -> None:
+        """MariaDB, with a socket alone, slurmdbd, and the one account."""
+        data, server = self.directory / "database", self.directory / "mariadb.sock"
+        options = ["--no-defaults", f"--datadir={data}", f"--user={self.user}"]
+        self.run("mariadb-install-db", *options, "--auth-root-authentication-method=socket", "--skip-test-db")
+        self.start_daemon("mariadbd", "mariadbd", *options, f"--socket={server}", "--skip-networking")
+        wait_for("mariadbd", server.exists, 60)
+        self.start_daemon("slurmdbd", "env", f"MYSQL_UNIX_PORT={server}", "slurmdbd", "-D")
+        self.accounting("add", "cluster", "flexpert", wait=True)
+        self.accounting("add", "account", "lab")
+        self.accounting("add", "user", self.user, "account=lab")
+
+    def accounting(self, *words: str, wait: bool = False) -> None:
+        """`sacctmgr`, without questions; it may wait until there is a database."""
+        deadline = time.monotonic() + 60 * wait
+        while True:
+            command = ["sacctmgr", "--immediate", *words]
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return
+            assert time.monotonic() < deadline, f"{command}: {done.stdout}{done.stderr}"
+            time.sleep(POLL)
+
+    def start_controller(self, *options: str) -> None:
+        self.start_daemon("slurmctld", "slurmctld", "-D", *options)
         wait_for("slurmctld", lambda: "is UP" in self.run("scontrol", "ping", check=False), 30)
 
     def start_node(self, node: str) -> None:
@@ -279,12 +336,14 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(num_nodes: int = 3, cpus: int = 16, gpus: int = 0, within: Iterable[str] = ()) -> Iterator[Cluster]:
+def running(
+    num_nodes: int = 3, cpus: int = 16, gpus: int = 0, within: Iterable[str] = (), accounts: bool = False
+) -> Iterator[Cluster]:
     """A cluster while the block runs; arguments as `Cluster`'s."""
     # Slurm's sockets are in it, whose paths may have 108 bytes: pytest's own directories are too deep.
     directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
-        cluster = Cluster(directory, num_nodes, cpus, gpus, list(within))
+        cluster = Cluster(directory, num_nodes, cpus, gpus, list(within), accounts)
         try:
             cluster.start()
             yield cluster

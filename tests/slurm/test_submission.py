@@ -51,7 +51,7 @@ REFUSALS = [
 def test_what_slurm_refuses_is_one_line_and_nothing_stays_submitted(
     cluster: Cluster, stock: Stock, run: Path, words: list[str], node: str, said: str, advice: str
 ) -> None:
-    """An unknown account cannot be shown: without a database, Slurm charges any."""
+    """An unknown account is in `test_accounting`: without a database, Slurm charges any."""
     with refused(f"{node}: sbatch: ", said, advice):
         start(cluster, stock.words(run, ENDLESS, *words))
     wait_for("the end of those that were submitted before", lambda: not alive(cluster, run), 20)
