@@ -1,7 +1,7 @@
 """A real Slurm on loopback, for tests: daemons in the foreground below one process, all files in a short directory.
 
-Jobs run as whoever runs the tests, root or not. There are no cgroups and, where accounts are not asked for, no database:
-what became of a job is asked of the controller, which forgets none of them.
+Jobs run as whoever runs the tests, root or not. There are no cgroups and, where accounts are not asked for, no
+database: what became of a job is asked of the controller, which forgets none of them.
 """
 
 import contextlib
