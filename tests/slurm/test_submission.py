@@ -72,6 +72,8 @@ def test_without_a_controller_it_is_one_line(stock: Stock, run: Path) -> None:
     with running(num_nodes=1) as cluster:
         start(cluster, stock.words(run, HELD))
         cluster.kill_daemon("slurmctld")
+        with open(cluster.directory / "slurm.conf", "a") as conf:
+            conf.write("MessageTimeout=1\n")  # for as long, ten seconds otherwise, a command tries again
         for stage, words in (("status", [f"run={run}"]), ("cancel", [f"run={run}"])):
             with refused("squeue: ", "Slurm's controller does not answer: try again"), cluster.login():
                 run_stage(stage, words)
@@ -263,16 +265,17 @@ def test_a_directory_that_a_node_does_not_see_is_told(stock: Stock, run: Path, t
 
 
 def test_a_job_that_the_pipeline_does_not_know_touches_nothing(cluster: Cluster, stock: Stock, run: Path) -> None:
-    """Submitted by hand beside the one that waits; the other, after it was cancelled."""
+    """Submitted by hand: one beside a job that waits, one after the job was cancelled."""
     start(cluster, stock.words(run, HELD))
-    for cancelled in (False, True):
-        if cancelled:
-            with cluster.login():
-                run_stage("cancel", [f"run={run}", "stages=[experts/letters]"])
-        stray = cluster.submit(f"--output={run}/stray.log", run / "slurm/experts.letters.sbatch")
-        cluster.run("scontrol", "release", str(stray))
+    with cluster.login():
+        run_stage("cancel", [f"run={run}", "stages=[experts/numbers]"])
+    strays = {}
+    for name in ("experts.letters", "experts.numbers"):
+        strays[name] = cluster.submit(f"--output={run}/stray-{name}", run / f"slurm/{name}.sbatch")
+        cluster.run("scontrol", "release", str(strays[name]))
+    for name, stray in strays.items():
         assert cluster.wait(stray)["JobState"] == "FAILED"
-        assert f"job {stray} is not, or no longer, the one that makes this" in (run / "stray.log").read_text()
+        assert f"job {stray} is not, or no longer, the one that makes this" in (run / f"stray-{name}").read_text()
     assert not (run / "experts").exists() and not any((run / "stages").iterdir())
 
 
