@@ -3,10 +3,13 @@
 import gzip
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -16,6 +19,7 @@ import tokenizers
 import zstandard
 
 import flexpert.data.tokenizer
+from flexpert import signals
 from flexpert.cli import main
 from flexpert.data.dataset import read_manifest
 from flexpert.data.indexed import IndexedTokens
@@ -234,6 +238,26 @@ def test_a_tokenizer_reads_a_book_in_pieces_and_is_the_same(tmp_path: Path, monk
     assert "".join(piece[0] for piece in PIECE.finditer(no_space)) == no_space
     monkeypatch.setattr(flexpert.data.tokenizer, "PIECE", re.compile("(?s).+"))
     assert in_pieces.digest == train_tokenizer([book], 340, tmp_path / "whole").digest
+
+
+def test_training_a_tokenizer_stops_when_it_is_told_to(tmp_path: Path) -> None:
+    def told(number: int, frame: object) -> None:
+        raise signals.Stopped
+
+    def documents() -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            yield TEXTS[0]
+        pytest.fail("it is read on")
+
+    before = signal.signal(signal.SIGUSR1, told)
+    try:
+        with pytest.raises(signals.Stopped):
+            train_tokenizer(documents(), 300, tmp_path / "tokenizer")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not (tmp_path / "tokenizer").exists()
 
 
 def test_empty_documents_are_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:

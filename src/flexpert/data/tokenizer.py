@@ -2,8 +2,11 @@
 
 import re
 import shutil
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import tokenizers
@@ -13,9 +16,8 @@ from flexpert.errors import UserError
 from flexpert.records import read_json, write_json
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-#: What training reads at once, up to white space: it takes hundreds of bytes for a character of one piece, and is told
-#: to stop between two.
-PIECE = re.compile(r"(?s).{1,65536}(?=\s)|.{1,65536}")
+#: What training reads at once, up to white space: it takes hundreds of bytes for each character of a piece.
+PIECE = re.compile(r"(?s).{1,8192}(?=\s)|.{1,8192}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: Path) 
         show_progress=False,
     )
     pieces = (piece[0] for document in documents for piece in PIECE.finditer(document))
-    backend.train_from_iterator(pieces, trainer)
+    stopped = threading.Event()
+    # Signals are heeded in the main thread, which the library would keep to the end.
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(
+            backend.train_from_iterator, takewhile(lambda piece: not stopped.is_set(), pieces), trainer
+        )
+        try:
+            training.result()
+        except BaseException:
+            stopped.set()
+            raise
     directory.mkdir(parents=True)
     backend.save(str(directory / "tokenizer.json"))
     write_json(
