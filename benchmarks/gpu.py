@@ -13,6 +13,7 @@ import gc
 import platform
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -98,12 +99,14 @@ def layers_that_fit(config: ModelConfig, tokens: int, memory: int) -> int:
     return max((n for n in range(1, config.num_layers + 1) if needed(n) <= USED * memory), default=1)
 
 
-def measure(folder: Path, config: ModelConfig, sequences: int, length: int) -> list[str]:
+def measure(
+    folder: Path, config: ModelConfig, sequences: int, length: int, settings: Sequence[tuple[str, str]]
+) -> list[str]:
     """A row for each setting: what training says, and what the plan says."""
     rows = []
     plan, _ = compose("plan", ["cluster=h100", f"sequence_length={length}", f"microbatch_sequences={sequences}",
                                f"batch_tokens={sequences * length}"])  # fmt: skip
-    for recompute, compiled in SETTINGS:
+    for recompute, compiled in settings:
         output = folder / f"{recompute}-{compiled}"
         gc.collect()
         if torch.cuda.is_available():
@@ -152,7 +155,7 @@ def main() -> None:
         build_base(folder / "tiny", replace(tiny, initializer_range=0.1), device)
         agreed = agreement(ModelDirectory.open(folder / "tiny"), device)
         build_base(folder / "base", config, device)
-        rows = measure(folder, config, sequences, length)
+        rows = measure(folder, config, sequences, length, SETTINGS[::2] if small else SETTINGS)
     text = "\n".join([
         f"`flexpert expert` at 7B width, {layers} layers; {date.today()}, {name}, PyTorch {torch.__version__}, CUDA "
         f"{torch.version.cuda}, Python {platform.python_version()}.",

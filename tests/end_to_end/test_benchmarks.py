@@ -13,7 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
     "train_step.py": ["--sizes", "check", "--job", "4 of 8"],
-    "generate.py": ["--repeats", "1", "--prompt", "8", "--new", "8"],
+    "generate.py": ["--repeats", "1", "--prompt", "8", "--new", "8", "--threads", "1"],
     "prepare.py": ["megabytes=1", "repeats=1", "workers=2"],
     "checkpoint.py": ["--sizes", "check", "--repeats", "1"],
     "assemble.py": ["--sizes", "0.02", "--repeats", "1"],
