@@ -125,6 +125,10 @@ def test_a_job_that_was_cancelled_by_hand_has_not_failed(cluster: Cluster, stock
     start(cluster, stock.words(run, *words, "launcher.jobs={experts/numbers:[--hold]}"))
     job = jobs(run)["experts/letters"]
     wait_for("a checkpoint", lambda: steps(run / "experts/letters/checkpoints"), 90)
+    server = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
+    # Started again meanwhile, it would find its directory in use.
+    with refused(f"not all is told: job {job} makes {run}/experts/letters"), cluster.login(**server):
+        run_stage("sync", [f"run={run}"])
     cluster.run("scancel", *jobs(run).values())
     cluster.wait(job)
     wait_for("the end", lambda: rows(cluster, run)["experts/letters"].state != "completing", 30)

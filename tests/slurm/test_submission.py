@@ -156,11 +156,55 @@ def test_jobs_keep_their_place_where_slurm_refuses_what_would_follow_them(
 ) -> None:
     start(cluster, stock.words(run, HELD))
     before = jobs(run)
+    content = (run / "pipeline.yaml").read_bytes()
     with refused("report: sbatch: ", "Invalid --time specification"):
         start(cluster, stock.words(run, HELD, "launcher.jobs={report:[--time=soon]}"))
     with refused("experts/letters: sbatch: ", "set launcher.partition"):
-        start(cluster, stock.words(run, HELD, "launcher.partition=nope"))
+        start(cluster, stock.words(run, HELD, "launcher.partition=nope", "seed=5"))
     assert jobs(run) == before and len(alive(cluster, run)) == len(NODES)
+    assert (run / "pipeline.yaml").read_bytes() == content, "which they would not start with another one"
+
+
+def test_jobs_are_known_where_scancel_fails(
+    cluster: Cluster, stock: Stock, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(cluster, stock.words(run, HELD))
+    before = jobs(run)
+    said = "scancel: error: Unable to contact slurm controller"
+    (tmp_path / "scancel").write_text(f"#!/bin/sh\necho {said} >&2; exit 1\n")
+    (tmp_path / "scancel").chmod(0o755)
+    failing = {"PATH": f"{tmp_path}:{cluster.environment['PATH']}"}
+    with refused("Slurm's controller does not answer"), cluster.login(**failing):
+        run_stage("cancel", [f"run={run}"])
+    assert not any(read_record(job_path(run, name), "flexpert.job")["cancelled"] for name in NODES)
+    with refused("scancel: ", f"others have taken the place of are left: scancel {before['report']}"):
+        start(cluster, stock.words(run, HELD, "launcher.jobs={report:[--time=9]}"), **failing)
+    waits_for = cluster.job(jobs(run)["report"])["Dependency"]
+    assert f"afterany:{before['report']}" in waits_for, "two at a time would delete each other's output"
+
+
+def test_jobs_that_cannot_be_asked_about_are_not_taken_for_gone(
+    cluster: Cluster, stock: Stock, run: Path, tmp_path: Path
+) -> None:
+    start(cluster, stock.words(run, HELD))
+    before = jobs(run)
+    with refused("submitted on the cluster flexpert", f"cancel run={run}"), cluster.login(PATH=str(tmp_path)):
+        run_stage("pipeline", stock.words(run, "launcher=local"))
+    path = job_path(run, "experts/letters")
+    record = read_record(path, "flexpert.job")
+    write_record(path, "flexpert.job", record | {"cluster": "another"})
+    with refused(f"job {before['experts/letters']} of experts/letters was submitted on the cluster another"):
+        start(cluster, stock.words(run, HELD))
+    write_record(path, "flexpert.job", record)
+    assert jobs(run) == before and len(alive(cluster, run)) == len(NODES)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(cluster: Cluster, stock: Stock, run: Path) -> None:
+    run.mkdir()
+    (run / "slurm").write_text("in the way")
+    with refused(f"output_dir={run} cannot be used: ", f"{run}/slurm"):
+        start(cluster, stock.words(run, HELD))
+    assert not alive(cluster, run)
 
 
 def test_what_sbatch_warns_of_and_why_a_job_waits_for_ever_is_told(

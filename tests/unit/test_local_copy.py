@@ -222,3 +222,6 @@ def test_an_expert_that_was_trained_from_a_copy_is_the_same_to_the_byte(
     with pytest.raises(UserError, match=f"a copy of .* in local_copy={tmp_path}/disk holds other weights: delete it"):
         train("expert", *expert_overrides, f"output_dir={tmp_path}/damaged", disk)
     assert not (tmp_path / "damaged").exists()
+    with pytest.raises(UserError, match=r"local_copy=\$NO_SUCH/disk: .* has not set that variable"):
+        train("expert", *expert_overrides, f"output_dir={tmp_path}/unset", "local_copy=$NO_SUCH/disk")
+    assert not (tmp_path / "unset").exists()

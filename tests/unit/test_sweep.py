@@ -180,6 +180,10 @@ def test_another_sweep_in_the_same_directory_is_refused(place: Path, capsys: pyt
     Path("out/sweep.yaml").write_text(yaml.safe_dump(record))
     words = ["data.documents=*/1.txt", "train_tokenizer.vocab_size=300", "output_dir=out"]
     assert "out/sweep.yaml is of another sweep" in one_line_of_status_2(["prepare", "-m", "seed=1,2", *words], capsys)
+    for foreign in ("program: train.py\n", "", "- [", "runs: [1]\n"):  # as W&B's own sweeps have it, for one
+        Path("out/sweep.yaml").write_text(foreign)
+        assert "is of another sweep" in one_line_of_status_2(["prepare", "-m", "seed=1,2", *words], capsys)
+        assert Path("out/sweep.yaml").read_text() == foreign
 
 
 def test_a_stage_that_writes_nothing_prints_and_its_output_is_kept(capfd: pytest.CaptureFixture[str]) -> None:

@@ -300,22 +300,22 @@ class Records:
         """A file that says that this pipeline has started the node: what lies at its output is the pipeline's."""
         return self.path(node).with_suffix(".begun")
 
-    def ended_path(self, node: Node) -> Path:
+    def ended_path(self, name: str) -> Path:
         """How the node's last start ended, where it has ended."""
-        return self.path(node).with_suffix(".ended")
+        return self.directory / f"{name.replace('/', '.')}.ended"
 
-    def ended(self, node: Node, job: str | None = None) -> int | None:
+    def ended(self, name: str, job: str | None = None) -> int | None:
         """Exit status of the node's last start, by the given job of Slurm's; None: it has not ended."""
-        if not self.ended_path(node).exists():
+        if not self.ended_path(name).exists():
             return None
-        content = read_record(self.ended_path(node), "flexpert.end")
+        content = read_record(self.ended_path(name), "flexpert.end")
         return int(content["status"]) if content["job"] == job else None
 
     def end(self, node: Node, status: int, job: str | None = None) -> None:
         """Record how a start has ended and, where it ended well, what was made."""
         if status == 0:
             self.write(node)
-        write_record(self.ended_path(node), "flexpert.end", {"job": job, "status": status})
+        write_record(self.ended_path(node.name), "flexpert.end", {"job": job, "status": status})
 
     def digest(self, node: Node) -> str:
         """Of what was made and from what; not of when."""
@@ -402,7 +402,7 @@ class Records:
         self.directory.mkdir(parents=True, exist_ok=True)
         made_from = self.inputs(node, graph) if all(self.is_recorded(graph[need]) for need in node.needs) else {}
         write_atomic(self.begun(node), json.dumps(made_from))
-        self.ended_path(node).unlink(missing_ok=True)
+        self.ended_path(node.name).unlink(missing_ok=True)
         self.path(node).unlink(missing_ok=True)
         if node.always:
             return

@@ -137,6 +137,23 @@ def at_work(run: Path) -> dict[str, AtWork]:
     return {name: job for name, job in found.items() if job.state.is_alive}
 
 
+def check_known(run: Path, complete: set[str], records: Records) -> None:
+    """Raises `UserError` where a job that may still be at work is another cluster's, which cannot be asked from here.
+
+    Args:
+        complete: names of nodes whose jobs are of no interest any more.
+    """
+    left = {name: record for name, record in read_jobs(run).items() if name not in complete and not record["cancelled"]}
+    left = {name: record for name, record in left.items() if records.ended(name, record["job"]) in (None, REQUEUE)}
+    here = slurm.cluster() if left else None
+    for name, record in left.items():
+        if record["cluster"] != here:
+            raise UserError(
+                f"job {record['job']} of {name} was submitted on the cluster {record['cluster']} and may be at work, "
+                f"which cannot be asked here: start this there, or `flexpert cancel run={run}` there first"
+            )
+
+
 def slurm_job(record: dict[str, Any]) -> slurm.Job:
     """What Slurm knows the job of such a record by."""
     return slurm.Job(record["job"], record["name"], record["user"])
@@ -179,6 +196,9 @@ def main() -> None:
     except UserError as error:
         print(f"flexpert: {error}", file=sys.stderr)
         status = error.status
+    except OSError as error:
+        print(f"flexpert: {error.strerror} ({error.filename or 'in the run directory'})", file=sys.stderr)
+        status = 2
     sys.exit(status)
 
 

@@ -14,7 +14,7 @@ from flexpert.errors import UserError
 from flexpert.evaluation.gates import GATES, check_gates
 from flexpert.evaluation.table import print_bits
 from flexpert.launch.graph import Node, Records, build_graph
-from flexpert.launch.job import AtWork, at_work, job_path
+from flexpert.launch.job import AtWork, at_work, check_known, job_path
 from flexpert.launch.local import LocalLauncher
 from flexpert.launch.submit import Submission
 from flexpert.launch.walk import StageFailed, Walk
@@ -30,7 +30,8 @@ def run(config: PipelineConfig, resolved: str) -> None:
 
     Raises:
         UserError: a mistake in the graph or its gates, a directory that cannot be written, is in use, or holds another
-            pipeline's outputs or somebody's own files: all before anything is written or started.
+            pipeline's outputs or somebody's own files, or has jobs at work that cannot be asked about here: all before
+            anything is written or started.
     """
     check_names(config)
     nodes = build_graph(config)
@@ -53,12 +54,12 @@ def run(config: PipelineConfig, resolved: str) -> None:
                 advice = "a dry run needs another output_dir"
             raise UserError(f"{run_directory}: jobs of Slurm's are at work here ({', '.join(jobs)}): {advice}")
         check_begun(nodes, complete, {name: text for name, (_, text) in configs.items()})
-        # Jobs read it: not before it is known that it fits them.
-        write_atomic(run_directory / "pipeline.yaml", resolved)
+        # Jobs read the pipeline's config: it is not written before it is known that it fits them.
         print(f"pipeline {config.pipeline.name} in {run_directory}", flush=True)
         if submission is not None:
-            submission.submit()
+            submission.submit(resolved)
             return
+        write_atomic(run_directory / "pipeline.yaml", resolved)
         for node in nodes:
             if node.name not in complete:  # made here, whatever became of a job that was to make it
                 job_path(run_directory, node.name).unlink(missing_ok=True)
@@ -237,8 +238,12 @@ def claim(run: Path, nodes: list[Node], records: Records) -> Iterator[tuple[dict
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(run))
             jobs, complete = at_work(run), records.complete(nodes)
+            check_known(run, complete, records)
             for directory in (records.directory, run / "logs"):
                 directory.mkdir(exist_ok=True)
+            yield jobs, complete
+        except BrokenPipeError:  # of what this prints, not of a file
+            raise
         except OSError as error:
-            raise UserError(f"output_dir={run} cannot be used: {error.strerror} ({error.filename})") from None
-        yield jobs, complete
+            where = f" ({error.filename})" if error.filename else ""
+            raise UserError(f"output_dir={run} cannot be used: {error.strerror}{where}") from None

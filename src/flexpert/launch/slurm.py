@@ -90,8 +90,9 @@ def run(*words: str) -> str:
     """
     try:
         done = subprocess.run(
-            words, env=own_environment(), capture_output=True, text=True, check=False, timeout=TIMEOUT
-        )
+            words, env=own_environment(), capture_output=True, text=True, check=False, timeout=TIMEOUT,
+            start_new_session=True,  # Ctrl-C is for this process: sbatch says what it has submitted
+        )  # fmt: skip
     except FileNotFoundError:
         raise SlurmError(f"there is no {words[0]} on the PATH: start this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
@@ -105,6 +106,14 @@ def run(*words: str) -> str:
         for line in done.stderr.splitlines():
             warn(line)
     return done.stdout
+
+
+def cluster() -> str | None:
+    """Name of the cluster whose login node or job this is; None: of none."""
+    if shutil.which("scontrol") is None:
+        return None
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", run("scontrol", "show", "config"), re.MULTILINE)
+    return found[1] if found is not None else None
 
 
 @functools.cache

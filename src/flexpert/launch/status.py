@@ -118,7 +118,7 @@ class Status:
         checkpoint = max(envelope.steps(node.directory / "checkpoints"), default=None)
         output = newest_start(tail(self.log(node))[0])
         progress = newest_progress(output, node.stage) or ""
-        ended = self.records.ended(node, job or None)
+        ended = self.records.ended(node.name, job or None)
         if state is not None and state.is_alive:  # also where there is an older output, which is to be made anew
             is_running = state.name in ("RUNNING", "COMPLETING")
             reason = self.silence(node) if is_running else state.reason
@@ -255,12 +255,18 @@ def run_cancel(config: CancelConfig, resolved: str) -> None:
     path = Path(config.run)
     with exclusive(path):
         status = Status(path)
-        names = [status.known(name).name for name in config.stages] or list(status.nodes)
+        # Without names all that there are, also of stages that the pipeline no longer has.
+        names = [status.known(name).name for name in config.stages] or list(status.jobs)
         jobs = {slurm_job(status.jobs[name]): name for name in names if name in status.jobs}
         alive = slurm.alive(jobs)
         for job in alive:  # so that none asks to be started again
             write_record(job_path(path, jobs[job]), "flexpert.job", status.jobs[jobs[job]] | {"cancelled": True})
-        slurm.cancel(job.id for job in alive)
+        try:
+            slurm.cancel(job.id for job in alive)
+        except slurm.SlurmError:
+            for job in alive:
+                write_record(job_path(path, jobs[job]), "flexpert.job", status.jobs[jobs[job]])
+            raise
         deadline = time.monotonic() + END_SECONDS
         while left := slurm.alive(alive):
             if time.monotonic() > deadline:

@@ -29,6 +29,7 @@ from flexpert.launch import slurm
 from flexpert.launch.graph import Node
 from flexpert.launch.job import NODE, PIPELINE, AtWork, job_path
 from flexpert.records import write_atomic, write_record
+from flexpert.signals import deferred
 
 PREFIX = "#SBATCH "
 
@@ -72,33 +73,51 @@ class Submission:
         #: Node → its job.
         self.jobs: dict[str, str] = {}
         self.submitted: list[str] = []
+        self.cluster: str | None = None
+        #: Path → content of the pipeline's config as an earlier call has left it.
+        self.pipeline_before: dict[Path, str] = {}
         #: Node → its job of an earlier call that another one takes the place of, or none.
         self.outdated: dict[str, str] = {}
         #: Where there is a limit, jobs in the order in which they take a place; an array takes all.
         self.lanes: list[str] = []
 
-    def submit(self) -> None:
-        """Raises `UserError` where Slurm refuses a job; those that were submitted before it are cancelled then."""
+    def submit(self, resolved: str) -> None:
+        """Write the pipeline's own config and submit what is missing.
+
+        Raises:
+            UserError: Slurm refuses a job; those that were submitted before it are cancelled then, and jobs of an
+                earlier call find the pipeline that they are of.
+        """
+        pipeline = self.run / "pipeline.yaml"
+        if pipeline.exists():
+            self.pipeline_before = {pipeline: pipeline.read_text(encoding="utf-8")}
         left = [node for node in self.nodes if node.name not in self.complete and node.name not in self.jobs]
         (self.directory / "jobs").mkdir(parents=True, exist_ok=True)
         write_code(self.directory)
         made = units(left, self.config)
         for unit in made:
             self.write(unit)
+        write_atomic(pipeline, resolved)
         if not self.launcher.dry_run:
             self.submit_units(made)
         self.tell(left)
 
     def submit_units(self, made: list[Unit]) -> None:
-        before = {name: job_path(self.run, name).read_text(encoding="utf-8") for name in self.outdated}
+        paths = [job_path(self.run, name) for name in self.outdated]
+        before = {path: path.read_text(encoding="utf-8") for path in paths} | self.pipeline_before
         try:
             for unit in made:
-                self.submit_unit(unit)
+                with deferred():  # so that no job is there that nobody knows
+                    self.submit_unit(unit)
         except BaseException:
             self.take_back(before)
             raise
         # Not before: they keep their place where what would follow them is refused.
-        slurm.cancel(self.outdated.values())
+        try:
+            slurm.cancel(self.outdated.values())
+        except slurm.SlurmError as error:
+            jobs = " ".join(self.outdated.values())
+            raise UserError(f"{error}; jobs that others have taken the place of are left: scancel {jobs}") from None
         for name in self.outdated.keys() - self.jobs.keys():
             job_path(self.run, name).unlink()
 
@@ -113,6 +132,7 @@ class Submission:
                 cancelled and has not ended.
         """
         slurm.check_installed()
+        self.cluster = slurm.cluster()
         known = {node.name for node in self.nodes}
         self.outdated = {name: job.record["job"] for name, job in at_work.items() if name not in known}
         for node in self.nodes:
@@ -163,13 +183,14 @@ class Submission:
             log = str(self.run / "logs" / unit.log(own))
             content = {
                 "node": node.name, "job": own, "name": self.job_name(unit), "user": os.getuid(), "after": after,
-                "overrides": list(node.overrides), "settings": self.settings(node), "log": log,
-                "submitted": submitted, "cancelled": False,
+                "cluster": self.cluster, "overrides": list(node.overrides), "settings": self.settings(node),
+                "log": log, "submitted": submitted, "cancelled": False,
             }  # fmt: skip
             write_record(job_path(self.run, node.name), "flexpert.job", content)
 
     def dependency(self, unit: Unit) -> str:
-        """`afterok` what is needed, `afterany` what is wanted, and whoever has the place before where they are few.
+        """`afterok` what is needed; `afterany` what is wanted, a job that this one takes the place of, and whoever has
+        the place before where they are few.
 
         What only some elements of an array need must not keep the others from starting: those find out by themselves.
         """
@@ -178,6 +199,7 @@ class Submission:
         names += [(name, False) for node in unit.nodes for name in node.wants]
         needs = {self.jobs[name]: None for name, is_needed in names if is_needed and name in self.jobs}
         wants = {self.jobs[name]: None for name, is_needed in names if not is_needed and name in self.jobs}
+        wants |= {self.outdated[node.name]: None for node in unit.nodes if node.name in self.outdated}
         limit = self.launcher.max_jobs
         if limit is not None and (unit.is_array or len(self.lanes) >= limit):
             before = self.lanes[-limit:]
@@ -226,8 +248,8 @@ class Submission:
             said += [f"{index})", *words(node), "    ;;"]
         return "\n".join([*said, "esac", "", *body, ""])
 
-    def take_back(self, before: dict[str, str]) -> None:
-        """Cancel what this call has submitted; `before`: the records that were there."""
+    def take_back(self, before: dict[Path, str]) -> None:
+        """Cancel what this call has submitted; `before`: the files that were there."""
         try:
             slurm.cancel(self.submitted)
         except slurm.SlurmError as error:
@@ -236,8 +258,8 @@ class Submission:
         for name, job in self.jobs.items():
             if job.partition("_")[0] in self.submitted:
                 job_path(self.run, name).unlink(missing_ok=True)
-        for name, record in before.items():
-            write_atomic(job_path(self.run, name), record)
+        for path, content in before.items():
+            write_atomic(path, content)
 
     def tell(self, left: list[Node]) -> None:
         if self.launcher.dry_run:

@@ -177,9 +177,12 @@ def check_no_other(record: Path, content: dict[str, Any]) -> None:
     """Raises `UserError` where another sweep's runs are: a number would stand for two things."""
     if not record.exists():
         return
-    before = yaml.safe_load(record.read_text(encoding="utf-8"))
-    for entry in before["runs"]:
-        entry.pop("status", None)
+    try:
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        for entry in before["runs"]:
+            entry.pop("status", None)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):  # somebody's own
+        before = None
     if before != content:
         raise UserError(f"{record} is of another sweep: choose another output_dir")
 

@@ -21,6 +21,7 @@ from flexpert.config.groups import MonitorConfig
 from flexpert.config.launcher import SyncConfig
 from flexpert.config.stages import ExpertConfig
 from flexpert.errors import UserError
+from flexpert.launch.job import at_work
 from flexpert.lock import exclusive
 from flexpert.monitor.jsonl import read_metrics
 from flexpert.monitor.report import Report
@@ -88,8 +89,13 @@ def run(config: SyncConfig, resolved: str) -> None:
     todo: list[Task] = [(stage.path, stage.monitor, partial(sync_stage, stage)) for stage in stages]
     if whole is not None and (whole.assembly is not None or whole.evaluation is not None):
         todo.append((path, monitor_config(whole, None), partial(sync_results, whole)))
+    # A job that started meanwhile would find the directory in use.
+    jobs = {path / name: job for name, job in at_work(path).items()} if whole is not None else {}
     in_use = []
     for place, recorded, sync in todo:
+        if job := jobs.get(place) or jobs.get(place.parent):
+            in_use.append(f"job {job.record['job']} makes {place}")
+            continue
         monitor = replace(recorded, project=config.project or recorded.project, entity=config.entity or recorded.entity)
         with ExitStack() as stack:
             try:

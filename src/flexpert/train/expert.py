@@ -81,6 +81,8 @@ def run(config: ExpertConfig, resolved: str) -> None:
     calibration = mixed_windows(config, config.router.calibration_public_share) if steps else None
     # $TMPDIR is another on every node.
     local_copy = os.path.expandvars(config.local_copy) if config.local_copy is not None else None
+    if local_copy is not None and "$" in local_copy:
+        raise UserError(f"local_copy={config.local_copy}: {os.uname().nodename} has not set that variable")
     with read_locally(base, local_copy) as readable:
         model, ranks = build_job(readable, config, device)
     if local_copy is not None:
