@@ -70,7 +70,7 @@ def stop_in(run: Run, phases: list[str]) -> None:
         assert list(ended.resumed.values()) == ([saved] if saved else []), phase
         saved = run.committed()["."]
         assert step + least <= saved <= step + most, phase
-        line = f"flexpert: told to stop; saved step {saved}; start it again to go on"
+        line = f"flexpert: told to stop; saved step {saved}; started again, it goes on"
         assert [said.count(line) for said in ended.said] == [1] + [0] * (run.num_ranks - 1), phase
         num_rows = run.records()["."].count(b"\n")
         assert num_rows == (saved - 1 if saved % EVALUATION == 0 else saved), "an evaluation is not gone through with"

@@ -224,6 +224,7 @@ def test_what_is_not_required_is_left_out_and_made_up_for_later(
     assert {name: row.state for name, row in found.items() if row.state != "complete"} == {"experts/numbers": "failed"}
     reason = found["experts/numbers"].reason
     assert reason.startswith("status 137: expert: 3 starts of this job in a row made no new checkpoint in ")
+    assert found["assembled"].reason == "without experts/numbers"
     assert cluster.job(jobs(run)["experts/numbers"])["Restarts"] == "2"
     assert never_two_at_a_time(cluster, run)
     assert {name for name in model(reference) if name not in model(run)} == {"expert-numbers.safetensors"}

@@ -72,7 +72,9 @@ def test_logs_are_printed_and_followed(cluster: Cluster, run: Path, capsys: pyte
         f"experts/letters: {run}/logs/experts.letters.log", f"experts/numbers: {run}/logs/experts.numbers.log",
         "assembled: nothing yet", "evaluation: nothing yet", "report: nothing yet",
     ]  # fmt: skip
-    with refused("code is not one of experts/letters, experts/numbers, assembled"):
+    with refused("stage=letters is not one of", "did you mean experts/letters?"):
+        flexpert(cluster, "logs", f"run={run}", "stage=letters")
+    with refused("stage=code is not one of experts/letters, experts/numbers, assembled"):
         flexpert(cluster, "logs", f"run={run}", "stage=code")
     command = [sys.executable, "-m", "flexpert", "logs", f"run={run}", "stage=experts/numbers", "follow=true"]
     with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as process:

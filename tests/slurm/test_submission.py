@@ -308,11 +308,14 @@ def test_a_directory_that_a_node_does_not_see_is_told(stock: Stock, run: Path, t
         assert (row.state, row.reason) == ("failed", f"FAILED on n1 before its first line: do the nodes see {run}?")
 
 
-def test_a_job_that_the_pipeline_does_not_know_touches_nothing(cluster: Cluster, stock: Stock, run: Path) -> None:
+def test_a_job_that_the_pipeline_does_not_know_touches_nothing(
+    cluster: Cluster, stock: Stock, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Submitted by hand: one beside a job that waits, one after the job was cancelled."""
     start(cluster, stock.words(run, HELD))
     with cluster.login():
         run_stage("cancel", [f"run={run}", "stages=[experts/numbers]"])
+    assert "note: Slurm cancels what needs them: assembled, evaluation, report\n" in capsys.readouterr().out
     strays = {}
     for name in ("experts.letters", "experts.numbers"):
         strays[name] = cluster.submit(f"--output={run}/stray-{name}", run / f"slurm/{name}.sbatch")

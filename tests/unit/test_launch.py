@@ -87,6 +87,7 @@ MISTAKES = [
     (["pipeline.dense_public_share=1"], ("pipeline.dense_public_share=1",)),
     (["pipeline.required=[code]"], ("pipeline.required", "code is not one of math, news")),
     (["pipeline.processes={prepare:2}"], ("pipeline.processes.prepare=2", "runs in one process")),
+    (["launcher.jobs={expirt:[--nodes=2]}"], ("launcher.jobs.expirt is neither a stage nor",)),
     (["pipeline.resources={experts/code:[--nodes=2]}"], ("pipeline.resources.experts/code is neither a stage nor",)),
     (["launcher.options=[-N2]"], ("launcher.options: '-N2' is not an option of sbatch in its long form",)),
     (["launcher.jobs={expert:[--array=0-3]}"], ("launcher.jobs.expert: --array is said by the pipeline itself",)),

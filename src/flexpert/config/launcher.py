@@ -96,7 +96,7 @@ class PipelineGraphConfig(Lockable):
         "Slurm one a GPU"
     )  # fmt: skip
     resources: dict[str, list[str]] = opt(
-        {}, "sbatch options of a stage or a node: {expert:[--nodes=8,--gpus-per-node=8]}; launcher.jobs wins over them"
+        {}, "sbatch options of a stage or a node: {expert:[--nodes=8,--gpus-per-node=8]}; they win over launcher.jobs"
     )
     gates: dict[str, float] = opt(
         {}, "thresholds that the evaluation must meet, by name; see flexpert.evaluation.gates"

@@ -112,6 +112,8 @@ def read_pipeline(run: Path) -> PipelineConfig:
     path = run / "pipeline.yaml"
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.load(path)))
+    except FileNotFoundError:
+        raise UserError(f"{run} is no run of a pipeline: give the output_dir of a `flexpert pipeline`") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (OmegaConfBaseException, YAMLError) as error:

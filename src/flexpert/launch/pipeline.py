@@ -177,7 +177,9 @@ def check_node_names(config: PipelineConfig, nodes: list[Node]) -> None:
         for name in settings:
             # A site's own launcher file is for any pipeline, whatever experts it has.
             is_of_another = settings is jobs and name.partition("/")[0] in ("data", "experts", "dense", "verified")
-            if name not in known and name not in STAGES and not is_of_another:
+            if name not in known and is_of_another:
+                print(f"note: {key}.{name} is for no node of this pipeline", flush=True)
+            elif name not in known and name not in STAGES:
                 raise UserError(f"{key}.{name} is neither a stage nor a node of this pipeline: {', '.join(known)}")
     for name, number in graph.processes.items():
         stages = {node.stage for node in nodes if name in (node.stage, node.name)}

@@ -25,7 +25,7 @@ KEPT_VARIABLES = ("SLURM_CONF", "SLURM_JWT")
 
 #: What Slurm says, and the setting that it is about.
 ADVICE = (
-    (r"invalid account", "set launcher.account"),
+    (r"invalid account", "set launcher.account, or what launcher.jobs and pipeline.resources say of it"),
     (r"partition", "set launcher.partition, or what launcher.jobs and pipeline.resources say of it"),
     (r"submit limit|maxsubmit", "the site lets a user submit fewer jobs: launcher.array=true does not change that; ask "
      "for more, or make the pipeline smaller"),
@@ -52,7 +52,7 @@ class Job(NamedTuple):
 
 
 #: Reasons for waiting that do not pass by themselves, and what to do.
-MORE = ": it asks for more than the partition gives: change launcher.jobs or pipeline.resources"
+MORE = ": it asks for more than the partition gives: see launcher.options, launcher.jobs and pipeline.resources"
 HOPELESS = dict.fromkeys(("PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit"), MORE) | {
     "BadConstraints": ": too few nodes are left, or none is as it asks",
     "JobHeldUser": ": scontrol release",

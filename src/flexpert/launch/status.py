@@ -7,7 +7,7 @@ far it is, both: records are kept by the jobs themselves, so that a cluster with
 import contextlib
 import os
 import re
-import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from flexpert.checkpoint import envelope
 from flexpert.config.launcher import CancelConfig, LogsConfig, StatusConfig
 from flexpert.errors import UserError
 from flexpert.launch import slurm
-from flexpert.launch.graph import Node, Records, build_graph, read_pipeline
+from flexpert.launch.graph import Node, Records, build_graph, followers, read_pipeline
 from flexpert.launch.job import job_path, read_jobs, slurm_job
 from flexpert.launch.local import TAIL_BYTES, last_line, newest_progress
 from flexpert.lock import LOCK_NAME, exclusive, is_held
-from flexpert.records import write_record
+from flexpert.records import read_record, write_record
 from flexpert.signals import REQUEUE
 
 #: A training stage that runs says so every few seconds (lock.py). Seconds of silence from which on that is told.
@@ -38,6 +38,9 @@ FOLLOW, ASK = 0.5, 10.0
 
 #: How a start of a stage begins in its log.
 START = re.compile(r"^--- \S+: (?:started|job) .*\n", re.MULTILINE)
+
+#: Slurm's reason to cancel a job whose dependency has failed.
+NEVER = "DependencyNeverSatisfied"
 
 #: States of a stage that nobody makes at the moment.
 SETTLED = ("complete", "failed", "lost", "cancelled", "stopped", "not started")
@@ -79,7 +82,12 @@ def run(config: StatusConfig, resolved: str) -> None:
     for row in rows:
         checkpoint = "" if row.checkpoint is None else f"step {row.checkpoint:,}"
         table.add_row(row.node.name, row.job, row.state, row.progress, checkpoint, row.reason)
-    console.print(table)
+    if sys.stdout.isatty():
+        console.print(table)
+    else:  # nor has it blanks at its end
+        with console.capture() as text:
+            console.print(table)
+        print("\n".join(line.rstrip() for line in text.get().splitlines()))
     if any(row.job and row.state == "lost" for row in rows) and not slurm.has_accounting():
         print("note: this cluster keeps no accounts: of jobs that it has forgotten only their own records are known")
     if all(row.state == "not started" for row in rows) and (path / "slurm").is_dir():
@@ -105,11 +113,13 @@ class Status:
         """Of these nodes, or of all."""
         wanted = names or tuple(self.nodes)
         # Of a run that is complete all is known where there is no Slurm, too.
-        is_complete = all(node.always or self.records.is_recorded(node) for node in self.nodes.values())
-        is_asked = shutil.which("squeue") is not None or not is_complete
+        is_complete = all(self.is_made(node) for node in self.nodes.values())
         jobs = [slurm_job(self.jobs[name]) for name in wanted if name in self.jobs]
-        states = slurm.states(jobs) if is_asked else {}
+        states = slurm.states(jobs) if not is_complete else {}
         return [self.row(self.nodes[name], states) for name in wanted]
+
+    def is_made(self, node: Node) -> bool:
+        return self.records.path(node).exists() and node.output.exists()
 
     def row(self, node: Node, states: dict[str, slurm.State]) -> Row:
         record = self.jobs.get(node.name)
@@ -123,11 +133,16 @@ class Status:
             is_running = state.name in ("RUNNING", "COMPLETING")
             reason = self.silence(node) if is_running else state.reason
             again = "" if is_running or ended is None else f"stopped with status {ended}, starts again; "
+            if not is_running and ended is None:  # what has made progress is a job before it
+                progress = ""
             return Row(node, job, state.name.lower(), progress, checkpoint, again + reason)
-        if self.records.path(node).exists() and node.output.exists():
-            return Row(node, job, "complete", "", checkpoint)
+        if self.is_made(node):
+            made_from = read_record(self.records.path(node), "flexpert.stage")["inputs"]
+            left_out = [name for name in node.wants if name not in made_from]
+            return Row(node, job, "complete", "", checkpoint, f"without {', '.join(left_out)}" if left_out else "")
         if record is not None and (record["cancelled"] or (state is not None and state.name == "CANCELLED")):
-            return Row(node, job, "cancelled", progress, checkpoint, state.reason if state is not None else "")
+            reason = state.reason if state is not None and state.reason == NEVER else ""  # else, of having waited
+            return Row(node, job, "cancelled", progress, checkpoint, reason)
         if ended is not None:
             what = "stopped" if ended == REQUEUE and not job else "failed"
             return Row(node, job, what, progress, checkpoint, f"status {ended}: {last_line(output)}")
@@ -168,9 +183,11 @@ class Status:
         # Only a stage that trains has a lock to say so with.
         return f"silent for {seconds:.0f} s" if len(seen) == 2 and seconds > SILENT else ""
 
-    def known(self, name: str) -> Node:
+    def known(self, name: str, key: str) -> Node:
         if name not in self.nodes:
-            raise UserError(f"{name} is not one of {', '.join(self.nodes)}")
+            alike = [node for node in self.nodes if name in (node.rpartition("/")[2], node.replace("/", "."))]
+            meant = f"; did you mean {alike[0]}?" if alike else ""
+            raise UserError(f"{key}={name} is not one of {', '.join(self.nodes)}{meant}")
         return self.nodes[name]
 
 
@@ -205,7 +222,7 @@ def run_logs(config: LogsConfig, resolved: str) -> None:
             log = status.log(node)
             print(f"{node.name}: {log if log.exists() else 'nothing yet'}")
         return
-    node = status.known(config.stage)
+    node = status.known(config.stage, "stage")
     log = status.log(node)
     if not log.exists() and not config.follow:
         raise UserError(f"{node.name} has printed nothing yet")
@@ -216,7 +233,11 @@ def run_logs(config: LogsConfig, resolved: str) -> None:
     if lines := output.splitlines()[-config.lines :]:
         print("\n".join(lines), flush=True)
     if config.follow:
-        follow(config, node.name, log, end)
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends this command, and no stage: nothing is to be said
+        try:
+            follow(config, node.name, log, end)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def follow(config: LogsConfig, name: str, log: Path, position: int) -> None:
@@ -256,9 +277,10 @@ def run_cancel(config: CancelConfig, resolved: str) -> None:
     with exclusive(path):
         status = Status(path)
         # Without names all that there are, also of stages that the pipeline no longer has.
-        names = [status.known(name).name for name in config.stages] or list(status.jobs)
-        jobs = {slurm_job(status.jobs[name]): name for name in names if name in status.jobs}
-        alive = slurm.alive(jobs)
+        names = [status.known(name, "stages").name for name in config.stages] or list(status.jobs)
+        jobs = {slurm_job(record): name for name, record in status.jobs.items()}
+        known = slurm.alive(jobs)
+        alive = [job for job in known if jobs[job] in names]
         for job in alive:  # so that none asks to be started again
             write_record(job_path(path, jobs[job]), "flexpert.job", status.jobs[jobs[job]] | {"cancelled": True})
         try:
@@ -274,4 +296,8 @@ def run_cancel(config: CancelConfig, resolved: str) -> None:
                     f"jobs {', '.join(job.id for job in left)} were told to end and have not yet: see `flexpert status`"
                 )
             time.sleep(POLL)
+    graph = status.nodes
+    after = {other.name for job in alive if jobs[job] in graph for other in followers(graph[jobs[job]], graph)}
+    if waits := [jobs[job] for job in known if jobs[job] in after and job not in alive]:
+        print(f"note: Slurm cancels what needs them: {', '.join(waits)}")
     print(f"cancelled: {', '.join(f'{jobs[job]} (job {job.id})' for job in alive) or 'nothing, no job is under way'}")

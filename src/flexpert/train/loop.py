@@ -232,7 +232,7 @@ class Trainer:
             reason = next(iter(str(error).splitlines()), "")
             print(
                 f"flexpert: told to stop within a step, which ended with {type(error).__name__}: {reason}; "
-                "start it again to go on from the last checkpoint",
+                "started again, it goes on from its last checkpoint",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             raise Stopped from error
@@ -255,7 +255,7 @@ class Trainer:
         if self.stopping:
             if is_first():
                 saved = f"saved step {self.step}" if self.is_saved else "nothing saved"
-                print(f"flexpert: told to stop; {saved}; start it again to go on", file=sys.stderr, flush=True)
+                print(f"flexpert: told to stop; {saved}; started again, it goes on", file=sys.stderr, flush=True)
             raise Stopped
         if self.ending:
             count = self.skipped_in_a_row
