@@ -313,7 +313,7 @@ def test_training_goes_on_without_wandb_when_its_process_is_killed(
     told = capfd.readouterr()
     assert told.err == ""
     assert [line for line in told.out.splitlines() if "W&B" in line] == [
-        "note: W&B ended (Connection lost): the run goes on without it, metrics.jsonl has every row"
+        "note: W&B ended (Connection lost): nothing more is sent, and metrics.jsonl has every row"
     ]
 
 
@@ -344,7 +344,7 @@ def test_a_process_ends_as_ever_though_wandbs_does_not(kind: str, tmp_path: Path
     """W&B's own end of the process waits for its service for ever, or prints a traceback."""
     done = run_process(str(tmp_path), kind)
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
-    assert re.fullmatch(r"note: W&B (ended \(.*\)|did not finish within 0.5 s): the run goes on .*\n", done.stdout)
+    assert re.fullmatch(r"note: W&B (ended \(.*\)|did not finish within 0.5 s): nothing more is sent.*\n", done.stdout)
 
 
 @pytest.mark.usefixtures("no_key")
@@ -364,7 +364,7 @@ def test_wandb_whose_process_stands_still_is_waited_for_no_longer_than_said(
     run.log({"step": step + 1})
     assert time.monotonic() - started < 5 and not run.thread.is_alive()
     what = "has not taken 1000 rows" if asked == "a row" else "did not finish within 0.5 s"
-    told = f"note: W&B {what}: the run goes on without it, metrics.jsonl has every row\n"
+    told = f"note: W&B {what}: nothing more is sent, and metrics.jsonl has every row\n"
     assert capsys.readouterr() == (told, "")
     assert services(os.getpid()) == []
 
@@ -405,7 +405,7 @@ def test_a_server_that_is_cut_off_during_a_run_holds_nothing_up(
         started = time.monotonic()
         run.close()
         assert time.monotonic() - started < 5
-    told = "note: W&B did not finish within 2 s: the run goes on without it, metrics.jsonl has every row\n"
+    told = "note: W&B did not finish within 2 s: nothing more is sent, and metrics.jsonl has every row\n"
     assert capfd.readouterr() == ("" if stays else told, "")
     assert services(os.getpid()) == []
 

@@ -92,7 +92,8 @@ def test_a_dry_run_writes_all_that_would_be_submitted(
         "launcher.run=env A=b",
     )  # fmt: skip
     start(cluster, [*words, "launcher.dry_run=true"], PATH=f"{tmp_path}:/usr/bin:/bin")
-    assert "  5 jobs written to " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "  5 jobs written to " in printed and "note: launcher.jobs.data/music is for no node of this" in printed
     assert not alive(cluster, run) and not jobs(run)
     directory = run / "slurm"
     scripts = {path.stem: path.read_text() for path in directory.glob("*.sbatch")}

@@ -39,3 +39,17 @@ def test_the_runs_of_a_sweep_are_jobs_and_one_that_fails_is_told(cluster: Cluste
     # Jobs, not processes of the command's.
     logs = [path.read_text() for path in (tmp_path / "out/sweep").rglob("*_log.out")]
     assert sum("--- run 0" in log for log in logs) == 1 and sum("--- run 1" in log for log in logs) == 1
+
+
+def test_what_slurm_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    (tmp_path / "1.txt").write_text("one two three\n")
+    words = ["prepare", "--multirun", "data.documents=1.txt", "train_tokenizer.vocab_size=300,310", "output_dir=out"]
+    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=nope"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flexpert", *words, *slurm],
+        cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, check=False, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("flexpert: no run of prepare has started: ") and "invalid partition specified: nope" in last

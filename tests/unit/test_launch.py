@@ -140,6 +140,14 @@ def test_somebodys_own_files_are_neither_taken_nor_deleted(tmp_path: Path, refus
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
 
 
+def test_a_directory_is_one_pipelines(tmp_path: Path, refused: Refused) -> None:
+    _, resolved = compose("pipeline", ["pipeline=demo", f"output_dir={tmp_path}"])
+    (tmp_path / "pipeline.yaml").write_text(resolved)
+    with refused(tmp_path, "is a run of the pipeline demo"):
+        run(*compose("pipeline", ["pipeline=smoke", f"output_dir={tmp_path}"]))
+    assert (tmp_path / "pipeline.yaml").read_text() == resolved
+
+
 class WritingLauncher:
     """A launcher of its own kind: a stage is over when it is started, and is told of at the next call."""
 

@@ -13,7 +13,7 @@ from flexpert.config.stages import EvaluateConfig, PipelineConfig
 from flexpert.errors import UserError
 from flexpert.evaluation.gates import GATES, check_gates
 from flexpert.evaluation.table import print_bits
-from flexpert.launch.graph import Node, Records, build_graph
+from flexpert.launch.graph import Node, Records, build_graph, read_pipeline
 from flexpert.launch.job import AtWork, at_work, check_known, job_path
 from flexpert.launch.local import LocalLauncher
 from flexpert.launch.submit import Submission
@@ -40,7 +40,7 @@ def run(config: PipelineConfig, resolved: str) -> None:
     check_evaluable(config.pipeline.gates, configs["evaluation"][0])
     run_directory = Path(config.output_dir)
     records = Records(run_directory)
-    with claim(run_directory, nodes, records) as (jobs, complete):
+    with claim(run_directory, config.pipeline.name, nodes, records) as (jobs, complete):
         submission = None
         is_complete = complete.issuperset(node.name for node in nodes if not node.always)
         if config.launcher.kind == "slurm" and (jobs or config.launcher.dry_run or not is_complete):
@@ -222,8 +222,8 @@ def check_evaluable(gates: dict[str, float], evaluate: object) -> None:
 
 
 @contextmanager
-def claim(run: Path, nodes: list[Node], records: Records) -> Iterator[tuple[dict[str, AtWork], set[str]]]:
-    """Hold `run` as this pipeline's directory, unless it holds something else.
+def claim(run: Path, name: str, nodes: list[Node], records: Records) -> Iterator[tuple[dict[str, AtWork], set[str]]]:
+    """Hold `run` as the directory of the pipeline of this name, unless it holds something else.
 
     An output without a record is deleted later on as the leftover of an interrupted run, so in a directory that has
     never been a pipeline's there must be none.
@@ -237,6 +237,8 @@ def claim(run: Path, nodes: list[Node], records: Records) -> Iterator[tuple[dict
                 for node in nodes:
                     if node.output.exists():
                         raise UserError(f"{node.output} exists already and is no pipeline's: choose another output_dir")
+            elif (other := read_pipeline(run).pipeline.name) != name:
+                raise UserError(f"{run} is a run of the pipeline {other}: choose another output_dir")
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(run))
             jobs, complete = at_work(run), records.complete(nodes)

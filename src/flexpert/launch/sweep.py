@@ -56,7 +56,7 @@ def run(stage: str, overrides: list[str]) -> None:
 
     Raises:
         UserError: what is wrong with the configuration of a run or of Hydra, before the first one starts; or, when all
-            have ended, which of them have failed, with the status of the first of these.
+            have ended, which of them have failed, with the status of the first of these; or why none has started.
     """
     for_hydra = [override for override in overrides if HYDRA.match(override)]
     own = [override for override in overrides if override not in for_hydra]
@@ -82,6 +82,8 @@ def run(stage: str, overrides: list[str]) -> None:
     write_atomic(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     print(f"{len(runs)} runs of {stage} in {directory}", flush=True)
     lost = multirun(Sweep(stage, runs, labels, logs.absolute()), for_hydra)
+    if lost is not None and not any(logs.glob("*.log")):  # as where Slurm refuses hydra.launcher.partition
+        raise UserError(f"no run of {stage} has started: {lost}")
     statuses = [status_of(logs / f"{number}.log") for number in range(len(runs))]
     for entry, status in zip(content["runs"], statuses, strict=True):
         entry["status"] = status

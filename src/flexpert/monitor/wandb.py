@@ -234,7 +234,7 @@ class WandbRun:
 
     def leave(self, what: str) -> None:
         self.is_left = True
-        print(f"note: W&B {what}: the run goes on without it, metrics.jsonl has every row", flush=True)
+        print(f"note: W&B {what}: nothing more is sent, and metrics.jsonl has every row", flush=True)
         kill_service()  # which ends what the thread waits for
         self.thread.join(END_SECONDS)
 
