@@ -174,9 +174,7 @@ def test_an_error_of_wandb_is_one_line_and_ends_it_alone(
     monkeypatch.setattr(WandbRecorder, breaks, fails)
     train("expert", *expert_overrides, "monitor.wandb=offline", f"output_dir={tmp_path}/run")
     told = [line for line in capsys.readouterr().out.splitlines() if "W&B" in line]
-    assert told == [
-        "note: W&B ended (what W&B did not expect): nothing more is sent, and metrics.jsonl has every row"
-    ]
+    assert told == ["note: W&B ended (what W&B did not expect): nothing more is sent, and metrics.jsonl has every row"]
     assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 6
 
 
