@@ -28,7 +28,7 @@ def test_an_account_that_there_is_not_is_one_line_with_the_setting(
     accounted: Cluster, stock: Stock, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with refused("experts/letters: sbatch: ", "Invalid account", "(set launcher.account)"):
+    with refused("experts/letters: sbatch: ", "Invalid account", "(set launcher.account, or what launcher.jobs and"):
         start(accounted, stock.words(run, "launcher.account=nope"))
     assert not jobs(run)
     start(accounted, stock.words(run, "launcher.account=lab", "launcher.options=[--hold]"))
