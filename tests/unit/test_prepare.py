@@ -231,8 +231,9 @@ def test_a_tokenizer_trained_on_the_spot_sees_no_held_out_text(tmp_path: Path) -
 
 def test_a_tokenizer_reads_a_book_in_pieces_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut where one white space stands alone, no word is cut; where there is none, nothing is lost."""
-    book = " ".join(TEXTS * 100)
+    book = "\n\n        ".join(TEXTS * 100)
     assert len(list(PIECE.finditer(book))) > 2
+    assert [piece[0] for text in TEXTS for piece in PIECE.finditer(text)] == TEXTS, "short ones are read whole"
     in_pieces = train_tokenizer([book], 340, tmp_path / "pieces")
     no_space = "日本語" * 50_000
     assert "".join(piece[0] for piece in PIECE.finditer(no_space)) == no_space

@@ -16,8 +16,9 @@ from flexpert.errors import UserError
 from flexpert.records import read_json, write_json
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-#: What training reads at once, up to white space: it takes hundreds of bytes for each character of a piece.
-PIECE = re.compile(r"(?s).{1,8192}(?=\s)|.{1,8192}")
+#: What training reads at once, for it takes hundreds of bytes for each character: what is left, or up to a white space
+#: that stands alone, where no word nor run of white space is cut, or where there is none a part of this length.
+PIECE = re.compile(r"(?s).{1,8192}\Z|.{1,8192}(?<=\S)(?=\s\S)|.{1,8192}")
 
 
 @dataclass(frozen=True)
