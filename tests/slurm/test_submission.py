@@ -309,6 +309,17 @@ def test_a_directory_that_a_node_does_not_see_is_told(stock: Stock, run: Path, t
         assert (row.state, row.reason) == ("failed", f"FAILED on n1 before its first line: do the nodes see {run}?")
 
 
+def test_what_goes_on_without_a_cancelled_expert_is_not_said_to_end(
+    cluster: Cluster, stock: Stock, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(cluster, stock.words(run, HELD, "pipeline.required=[letters]"))
+    capsys.readouterr()
+    with cluster.login():
+        run_stage("cancel", [f"run={run}", "stages=[experts/numbers]"])
+    assert "note" not in capsys.readouterr().out
+    assert len(alive(cluster, run)) == len(NODES) - 1
+
+
 def test_a_job_that_the_pipeline_does_not_know_touches_nothing(
     cluster: Cluster, stock: Stock, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,7 +93,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
     """Train a byte-level BPE with single digits and write it as transformers reads it.
 
-    A signal ends the reading at once; what was read by then is merged to the end, which takes seconds.
+    A signal ends the reading at once; what was read by then is merged to the end, the longer the larger the vocabulary.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(

@@ -143,8 +143,11 @@ def check_known(run: Path, complete: set[str], records: Records) -> None:
     Args:
         complete: names of nodes whose jobs are of no interest any more.
     """
-    left = {name: record for name, record in read_jobs(run).items() if name not in complete and not record["cancelled"]}
-    left = {name: record for name, record in left.items() if records.ended(name, record["job"]) in (None, REQUEUE)}
+    left = {
+        name: record
+        for name, record in read_jobs(run).items()
+        if name not in complete and not record["cancelled"] and records.ended(name, record["job"]) in (None, REQUEUE)
+    }
     here = slurm.cluster() if left else None
     for name, record in left.items():
         if record["cluster"] != here:

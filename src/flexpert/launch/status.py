@@ -21,7 +21,7 @@ from flexpert.checkpoint import envelope
 from flexpert.config.launcher import CancelConfig, LogsConfig, StatusConfig
 from flexpert.errors import UserError
 from flexpert.launch import slurm
-from flexpert.launch.graph import Node, Records, build_graph, followers, read_pipeline
+from flexpert.launch.graph import Node, Records, build_graph, lost, read_pipeline
 from flexpert.launch.job import job_path, read_jobs, slurm_job
 from flexpert.launch.local import TAIL_BYTES, last_line, newest_progress
 from flexpert.lock import LOCK_NAME, exclusive, is_held
@@ -296,8 +296,7 @@ def run_cancel(config: CancelConfig, resolved: str) -> None:
                     f"jobs {', '.join(job.id for job in left)} were told to end and have not yet: see `flexpert status`"
                 )
             time.sleep(POLL)
-    graph = status.nodes
-    after = {other.name for job in alive if jobs[job] in graph for other in followers(graph[jobs[job]], graph)}
+    after = lost(status.nodes, {jobs[job] for job in alive})
     if waits := [jobs[job] for job in known if jobs[job] in after and job not in alive]:
         print(f"note: Slurm cancels what needs them: {', '.join(waits)}")
     print(f"cancelled: {', '.join(f'{jobs[job]} (job {job.id})' for job in alive) or 'nothing, no job is under way'}")
