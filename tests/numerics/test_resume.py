@@ -303,7 +303,7 @@ def test_commands_killed_in_the_middle_go_on_with_the_same_bits_and_the_same_wan
 
     jobs = [
         command(whole),
-        (command(killed), kill("backward", step=4, after=1)),  # in its second microbatch
+        (command(killed), kill("staging", step=4)),  # which waits until step 2 is written, as no other place does
         (tracked, kill("commit", step=2, after=0)),  # of calibration
         (command(killed), kill("publish")),
         (tracked, []),
