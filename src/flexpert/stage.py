@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from flexpert.config.groups import ParallelConfig
 from flexpert.errors import UserError
+from flexpert.parallel.environment import is_first
 from flexpert.records import write_atomic
 
 #: Keys that may change when a stage is started again in its directory: they do not change what it computes, or are what
@@ -97,10 +99,11 @@ def claim_directory(output: Path, resolved: str, resume: str) -> None:
 
 
 class Notes(logging.Handler):
-    """Prints what is logged, on rank 0."""
+    """Prints what rank 0 logs to standard error: what `generate` prints otherwise is text alone."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"note: {record.getMessage()}", flush=True)
+        if is_first():
+            print(f"note: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def set_up_process(device: str, config: ParallelConfig) -> Any:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from flexpert_kernels.moe import dispatch
 
+from flexpert.checkpoint.huggingface import save_model
 from flexpert.cli import run_stage
 from flexpert.config.groups import ModelConfig
+from flexpert.config.stages import MOE_BACKENDS
+from flexpert.data.tokenizer import load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.generate import Decoder, generate, sample, store_for_batches
 from flexpert.model.transformer import Transformer, build_on_meta, initialise
@@ -35,8 +39,8 @@ KINDS = {
 LENGTHS = [9, 1, 14, 9, 5]
 
 
-def make(kind: str, groups: tuple[int, ...] | None = None) -> Transformer:
-    model = build_on_meta(KINDS[kind], groups).to_empty(device="cpu")
+def make(kind: str, groups: tuple[int, ...] | None = None, **shape: int) -> Transformer:
+    model = build_on_meta(replace(KINDS[kind], **shape), groups).to_empty(device="cpu")
     initialise(model, seed=7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -182,6 +186,38 @@ def test_a_file_of_prompts(settings: list[str], road: Path, tmp_path: Path, caps
     assert capsys.readouterr().out == prompts[0] + found[0][0]["text"] + "\n"
     repeated = [row["text"] for row in found[0][4:]] == [row["text"] for row in found[0][:4]]
     assert repeated == (not settings)
+
+
+def test_every_backend_of_the_experts_gives_the_same_text(
+    road: Path,
+    tmp_path: Path,
+    refused: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And standard output is text alone: which one was chosen is told elsewhere."""
+    monkeypatch.setattr(dispatch, "told", set())
+    (tmp_path / "mixture").mkdir()
+    tokenizer = load_tokenizer(road / "public/model")
+    save_model(make("2 of 5", vocab_size=300), tmp_path / "mixture", tokenizer, torch.float32)
+    file = tmp_path / "prompts.jsonl"
+    prompts = ["the cat", "nine", "a mat and"]
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    settings = [f"model={tmp_path}/mixture", f"prompts_file={file}", "max_new_tokens=9", "device=cpu"]
+    capsys.readouterr()
+    found, notes = set(), []
+    for backend in MOE_BACKENDS[:-1]:
+        run_stage("generate", [*settings, f"moe_backend={backend}"])
+        printed = capsys.readouterr()
+        found.add(printed.out)
+        notes.append(printed.err)
+    assert len(found) == 1 and [json.loads(line)["prompt"] for line in found.pop().splitlines()] == prompts
+    assert notes == ["note: expert layers are computed by the backend loop: there is no GPU\n", *[""] * 4]
+    with refused("moe_backend=triton cannot be used: there is no GPU"):  # type: ignore[attr-defined]
+        run_stage("generate", [*settings, "moe_backend=triton"])
+    with refused("moe_backend=fast"):  # type: ignore[attr-defined]
+        run_stage("generate", [*settings, "moe_backend=fast"])
+    assert capsys.readouterr().out == ""
 
 
 def test_files_of_prompts_that_cannot_be_used(

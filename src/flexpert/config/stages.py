@@ -332,6 +332,7 @@ class GenerateConfig(Lockable):
     top_k: int | None = opt(None, "sample from this many likeliest tokens")
     top_p: float = opt(1.0, "sample from the likeliest tokens that hold this much probability")
     seed: int = opt(0, "seed of the sampling")
+    moe_backend: str = opt("auto", MOE_BACKEND)
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     parallel: ParallelConfig = opt(ParallelConfig, "")
 
@@ -342,6 +343,7 @@ class GenerateConfig(Lockable):
         check_not_negative("", self, "temperature")
         check_seed(self.seed)
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+        check_choice("moe_backend", self.moe_backend, MOE_BACKENDS)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from flexpert.config.stages import GenerateConfig
 from flexpert.data.tokenizer import Tokenizer, load_tokenizer
 from flexpert.errors import UserError
 from flexpert.model.generate import Decoder, generate, store_for_batches
+from flexpert.model.moe import set_backend
 from flexpert.model.transformer import Transformer
 from flexpert.parallel.apply import put_for_inference, ranks_for_inference
 from flexpert.parallel.generate import ParallelDecoder
@@ -33,13 +34,18 @@ def run(config: GenerateConfig, resolved: str) -> None:
     prompts = on_first(lambda: read_prompts(config))
     encoded = tokenizer.encode_batch(prompts)
     ranks = ranks_for_inference(config.parallel, device, ModelDirectory.open(Path(config.model)).config)
+
+    def give_memory(model: Transformer) -> None:
+        put_for_inference(model, ranks, device, one_batch=True)
+        set_backend(model, config.moe_backend, device)
+
     model, _ = load_model(
         Path(config.model),
         exclude=config.exclude,
         active_experts=config.active_experts,
         device=device,
         dtype=None,
-        give_memory=lambda model: put_for_inference(model, ranks, device, one_batch=True),
+        give_memory=give_memory,
     )
     for number, ids in enumerate(encoded, start=1):
         name = f"prompt {number} of {config.prompts_file}" if many else "the prompt"
@@ -49,7 +55,8 @@ def run(config: GenerateConfig, resolved: str) -> None:
         if len(ids) >= model.config.max_sequence_length:
             raise UserError(f"{name} has {len(ids)} tokens; the model's context is {model.config.max_sequence_length}")
     batch_size = min(config.batch_size, len(prompts))
-    if batch_size > 1 and device.type == "cpu" and ranks == ALONE:
+    takes_columns = config.moe_backend not in ("grouped_mm", "triton")
+    if batch_size > 1 and device.type == "cpu" and ranks == ALONE and takes_columns:
         store_for_batches(model)
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
