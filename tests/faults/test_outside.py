@@ -21,6 +21,7 @@ import pytest
 from toy import SHAPE, train
 from wandb_server import served
 
+from flexpert.cli import main
 from flexpert.config.groups import MonitorConfig
 from flexpert.errors import UserError
 from flexpert.monitor.jsonl import MetricsLog, read_metrics
@@ -182,6 +183,18 @@ def test_a_run_that_resumes_where_nothing_can_be_written_drops_and_adds_its_rows
         log.write(row(7))
         assert steps(path) == list(range(1, 8))
         log.close()
+
+
+def test_no_run_starts_where_nothing_can_be_written(
+    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with disk(tmp_path, "ext2") as directory:
+        call("mount", "-o", "remount,ro", str(directory))
+        with pytest.raises(SystemExit) as ended:
+            main(["pretrain", f"data.dir={road}/data/public", "train.steps=1", f"output_dir={directory}/run"])
+        assert ended.value.code == 2
+        why = f"the file system of {directory} is read-only"
+        assert capsys.readouterr().err == f"flexpert: output_dir={directory}/run cannot be written: {why}\n"
 
 
 def test_a_run_resumes_on_a_full_disk(tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ def check_output(key: str, path: Path) -> None:
     if not os.path.isdir(nearest):
         raise UserError(f"{key}={path} cannot be written: {nearest} is not a directory")
     if not os.access(nearest, os.W_OK):
-        raise UserError(f"{key}={path} cannot be written: no permission to write into {nearest}")
+        is_read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
+        why = f"the file system of {nearest} is read-only" if is_read_only else f"no permission to write into {nearest}"
+        raise UserError(f"{key}={path} cannot be written: {why}")
 
 
 def named_paths(key: str, value: str | list[str] | dict[str, str] | None) -> list[tuple[str, str]]:
