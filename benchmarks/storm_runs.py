@@ -143,6 +143,8 @@ class Start:
                 raise TimeoutError(f"ranks {left} have not ended in {patience:.0f} s:\n" + "\n".join(self.said()))
             time.sleep(POLL)
         seconds = time.monotonic() - self.begun
+        if resume_seconds is None and self.resumed():
+            resume_seconds = seconds
         waited = 0.0 if first_seconds is None else seconds - first_seconds
         for rank in self.ranks:
             rank.join()
@@ -162,9 +164,9 @@ def run_rank(rank: int, num_ranks: int, port: int, log: Path, words: list[str], 
     """In a process of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    for module in (pulse, process):
-        for name, seconds in (("BEAT", BEAT), ("SILENCE", SILENCE), ("GRACE", GRACE)):
-            setattr(module, name, seconds)
+    for name, seconds in (("BEAT", BEAT), ("SILENCE", SILENCE), ("GRACE", GRACE)):
+        setattr(pulse, name, seconds)
+        setattr(process, name, 2 * seconds)  # what waits for the others' threads, which a crowded CPU holds up
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)

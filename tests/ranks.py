@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 #: Seconds for all ranks together.
-TIMEOUT = 120.0
+TIMEOUT = 600.0
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:

@@ -62,6 +62,7 @@ def said(errors: list[str]) -> list[str]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("BEAT", 0.1), ("SILENCE", 6.0), ("GRACE", 3.0)):
         monkeypatch.setattr(pulse, name, seconds)
+    monkeypatch.setattr("flexpert.parallel.process.BEAT", 0.3)
 
 
 def kill() -> None:

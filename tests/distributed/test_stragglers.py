@@ -31,6 +31,8 @@ def looks(reading: float, slow_reader: int, computing: float, slow_computer: int
     socket.gethostname = lambda: f"node{rank + 4}"  # in a process of its own
     if rank == slow_computer:
         straggler.CPU_SIZE = 400
+    if slow_reader >= 0:
+        straggler.probe = lambda _: 0.001  # on a crowded machine two might differ
     watch = Straggler(Ranks(build_meshes(Layout(3), CPU)))
     messages = []
     for step in range(6):
@@ -54,7 +56,7 @@ def test_a_rank_that_waits_for_its_data_is_named_on_the_first_one_and_once() -> 
 
 def test_a_rank_that_computes_slowly_is_named() -> None:
     first, *_ = run_ranks(looks, 3, 0.0, -1, 0.3, 2)
-    (told,) = filter(None, first)
+    told = next(filter(None, first)).partition("; ")[0]
     assert told.startswith("rank 2 (node6) computes ") and told.endswith(" times slower than the others")
     assert float(told.split()[4]) > straggler.SLOWDOWN
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flexpert.checkpoint import envelope
 from flexpert.checkpoint.sharding import local_part
 from flexpert.cli import run_stage
 from flexpert.errors import UserError
+from flexpert.lock import Heartbeat
 from flexpert.signals import REQUEUE
 from flexpert.testing import Fault
 from flexpert.train.callbacks import Callback
@@ -157,7 +159,15 @@ def test_stopped_in_the_evaluation_of_a_skipped_step_the_run_names_it_when_it_go
 
 
 def test_a_loss_that_is_wrong_on_one_rank_stops_all(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 says it, also where it learns that the other has ended before it has ended itself."""
     spoiling(monkeypatch, {2: math.nan, 3: math.nan}, rank=1)
+    release = Heartbeat.release
+
+    def slowly(heartbeat: Heartbeat) -> None:
+        time.sleep(1)
+        release(heartbeat)
+
+    monkeypatch.setattr(Heartbeat, "release", slowly)
     run = Run(job.but("train.max_skipped=2"), 2, tmp_path / "run")
     ended = run.start()
     assert ended.statuses == [2, 2], ended.said

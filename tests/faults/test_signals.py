@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from storm_runs import Ended, Job, Run, Start, Whole, hashes, leftovers, make_jobs
 
 from flexpert.model.transformer import Transformer
-from flexpert.signals import REQUEUE
+from flexpert.signals import LOST, REQUEUE
 from flexpert.testing import Fault
 
 pytestmark = pytest.mark.slow
@@ -205,11 +205,12 @@ def test_an_evaluation_ends_at_once_on_all_ranks_and_can_be_made_again(
 def test_a_step_that_hangs_ends_with_the_stacks_of_all_threads(
     jobs: dict[str, Job], tmp_path: Path, num_ranks: int
 ) -> None:
-    job = jobs["pretrain"].but(f"train.step_timeout={num_ranks * 2}")
+    job = jobs["pretrain"].but("train.step_timeout=8")
     ended = Run(job, num_ranks, tmp_path / "run").start(Fault("hang", "forward", step=3, rank=num_ranks - 1))
-    assert ended.statuses == [-signal.SIGALRM] * num_ranks, ended.said
+    assert ended.statuses[-1] == -signal.SIGALRM, ended.said
+    assert {*ended.statuses} <= {-signal.SIGALRM, LOST}, "rank 0, whose own time ends a moment later"
     said = ended.said[num_ranks - 1]
     assert said.count("Timeout (0:00:0") == 1 and "most recent call first" in said
-    assert said.count("Thread 0x") == 3 and " in losses\n" in said and " in _worker\n" in said  # the latter reads data
+    assert said.count("Thread 0x") >= 3 and " in losses\n" in said and " in _worker\n" in said  # the latter reads data
     others = {0: "/lock.py", 1: "/pulse.py"}
     assert others[num_ranks - 1] in said

@@ -92,9 +92,12 @@ def among_ranks() -> Iterator[None]:
                 raise
             if is_of_others(error):
                 patience = SILENCE + GRACE
-            if _pulse.found.wait(patience) and _pulse.lost is not None:
+            own = isinstance(error, UserError)  # a mistake of all, which another rank was quicker to tell
+            if not own and _pulse.found.wait(patience) and _pulse.lost is not None:
                 _pulse.over.set()
                 _pulse.say(_pulse.lost)
+                if is_first():
+                    time.sleep(3 * BEAT)  # it may be where the others read which rank was lost
                 raise SystemExit(_pulse.status) from None
             _pulse.tell(reason, error.status if isinstance(error, UserError) else LOST)
         raise
