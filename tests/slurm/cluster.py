@@ -59,16 +59,19 @@ DefMemPerCPU=100
 # Other clusters' jobs on this machine have other ids, and meet at other ports.
 FirstJobId={first_job}
 MinJobAge=86400
-KillWait=5
+KillWait=10
+{message_timeout}
 InactiveLimit=0
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=30
 GresTypes=gpu
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs={cpus} RealMemory=64000 {gres}
-PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE DefaultTime=10
+PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE DefaultTime=60
 """
 
+#: A machine that is busy with all of a cluster answers late.
+MESSAGE_TIMEOUT = "MessageTimeout=60"
 #: Accounts: nobody may submit a job without one.
 ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
@@ -177,7 +180,7 @@ class Cluster:
         }  # fmt: skip
         accounting = ACCOUNTING.format(**common) if self.accounts else "AccountingStorageType=accounting_storage/none"
         names = {
-            **common, "accounting": accounting,
+            **common, "message_timeout": MESSAGE_TIMEOUT, "accounting": accounting,
             "controller_port": port + 1, "node_ports": f"{port + 2}-{port + 1 + len(self.nodes)}",
             "nodes": nodes, "cpus": cpus, "gres": f"Gres=gpu:{gpus}" if gpus else "",
             "first_job": random.randrange(1, 60000),
@@ -218,17 +221,17 @@ class Cluster:
         self.start_daemon("mariadbd", "mariadbd", *options, f"--socket={server}", "--skip-networking")
         wait_for("mariadbd", server.exists, 60)
         self.start_daemon("slurmdbd", "env", f"MYSQL_UNIX_PORT={server}", "slurmdbd", "-D")
-        self.accounting("add", "cluster", "flexpert", wait=True)
+        self.accounting("add", "cluster", "flexpert")
         self.accounting("add", "account", "lab")
         self.accounting("add", "user", self.user, "account=lab")
 
-    def accounting(self, *words: str, wait: bool = False) -> None:
-        """`sacctmgr`, without questions; it may wait until there is a database."""
-        deadline = time.monotonic() + 60 * wait
+    def accounting(self, *words: str) -> None:
+        """`sacctmgr`, without questions, until there is a database that has done it, now or for who asked before."""
+        deadline = time.monotonic() + 120
         while True:
             command = ["sacctmgr", "--immediate", *words]
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
+            if done.returncode == 0 or "already exist" in done.stdout + done.stderr:
                 return
             assert time.monotonic() < deadline, f"{command}: {done.stdout}{done.stderr}"
             time.sleep(POLL)
@@ -269,7 +272,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """One of Slurm's commands; returns what it prints."""
         done = subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, check=False, timeout=60
+            command, env=self.environment | environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
@@ -320,13 +323,16 @@ class Cluster:
         path = Path(self.job(number)["StdOut"])
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
+    def requeued(self, number: int | str, restarts: int) -> None:
+        """Until a job waits after its `restarts`-th requeue; who comes late finds it on its way again."""
+        wait_for(f"requeue {restarts} of job {number}", lambda: int(self.job(number)["Restarts"]) >= restarts, 90)
+        self.wait(number, "PENDING", "RUNNING", *ENDED)
+
     def start_again(self, number: int | str, restarts: int) -> None:
-        """Start a job that was requeued for the `restarts`-th time without waiting until its credential has expired."""
-        requeued = str(restarts)
-        wait_for(f"requeue {restarts} of job {number}", lambda: self.job(number)["Restarts"] == requeued, 90)
-        self.wait(number, "PENDING")
+        """Start a job that is `requeued` without waiting until its credential has expired."""
+        self.requeued(number, restarts)
         # A node takes no credential of the second in which it has killed the job.
-        self.run("scontrol", "update", f"jobid={number}", "starttime=now+2")
+        self.run("scontrol", "update", f"jobid={number}", "starttime=now+2", check=False)
 
     def stop(self) -> None:
         """Everything, jobs included."""

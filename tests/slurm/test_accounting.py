@@ -50,7 +50,7 @@ def test_jobs_that_the_controller_has_forgotten_are_known_by_the_accounts(
     assert before["experts/letters"].reason == "FAILED: no more" and before["experts/numbers"].state == "cancelled"
 
     names = ("sacct", "-Xn", "--format=JobName%50", "--jobs", ",".join(made.values()))
-    wait_for("names in the database", lambda: accounted.run(*names).count(f"{run.name}/") == len(made), 30)
+    wait_for("names in the database", lambda: accounted.run(*names).count(f"{run.name}/") == len(made), 120)
     accounted.kill_daemon("slurmctld")
     accounted.start_controller("-c")  # it begins with nothing
     assert not accounted.run("squeue", "--noheader", "--states=all")

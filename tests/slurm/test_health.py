@@ -68,7 +68,7 @@ def test_a_task_that_hangs_is_told_of_by_the_other_and_costs_no_more_than_its_no
     """What waits for it is the collective, and Slurm ends it."""
     hurried = "from flexpert.launch import health; health.LIMIT = 15.0; health.main()"
     sickness = f"((SLURM_LOCALID)) && exec sleep 1000; exec python -P -c '{hurried}' \"${{@:5}}\""
-    job = submit(cluster, tmp_path, sickness, SLURM_WAIT="20")
+    job = submit(cluster, tmp_path, sickness, SLURM_WAIT="40")
     cluster.start_again(job, 1)
     end, log = cluster.completed(job), cluster.log(job)
     sick = os.readlink(tmp_path / "sick")

@@ -51,7 +51,7 @@ OUTER = {
     "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "7", "SBATCH_PARTITION": "nope",
 }  # fmt: skip
 #: Every step takes so long that the time limit comes first.
-SLOW = [{"action": "sleep", "phase": "optimizer", "times": -1, "seconds": 1.5}]
+SLOW = [{"action": "sleep", "phase": "optimizer", "times": -1, "seconds": 3.5}]
 #: The nodes of a `Stock`'s pipeline after the experts.
 REST = {"assembled", "evaluation", "report"}
 ALL = {"experts/letters", "experts/numbers", *REST}
@@ -103,11 +103,11 @@ def runs(cluster: Cluster, stock: Stock, tmp_path_factory: pytest.TempPathFactor
     # One is told to stop shortly before its time limit, the other is requeued and loses its node.
     start(cluster, add(
         "stopped", "monitor.wandb=offline",
-        "launcher.jobs={experts/letters:[--time=1,--signal=USR1@1],experts/numbers:[--exclusive,--ntasks=1]}",
+        "launcher.jobs={experts/letters:[--time=3,--signal=USR1@60],experts/numbers:[--exclusive,--ntasks=1]}",
         letters_0=SLOW, numbers_0=hang(7), numbers_1=hang(13),
     ))  # fmt: skip
     with open(faults["stopped"].path, "a") as file:  # a second limit would say nothing more, on a slow machine
-        file.write("if ((SLURM_RESTART_COUNT)); then scontrol update jobid=$SLURM_JOB_ID timelimit=10; fi\n")
+        file.write("if ((SLURM_RESTART_COUNT)); then scontrol update jobid=$SLURM_JOB_ID timelimit=30; fi\n")
     twice = [
         subprocess.Popen(
             [sys.executable, "-m", "flexpert", "pipeline", *words, "launcher=slurm"],

@@ -104,7 +104,7 @@ def test_on_slurm_it_is_the_same_set_from_separate_jobs_and_from_an_array(
     try:
         for run in runs.values():
             record = run / "stages/data.math.json"
-            wait_for(str(record), record.exists, 120)
+            wait_for(str(record), record.exists, 400)
     finally:
         for run in runs.values():
             flexpert("cancel", f"run={run}", environment=environment)

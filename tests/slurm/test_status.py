@@ -122,7 +122,7 @@ def test_a_job_that_slurm_has_forgotten_is_lost_and_a_cluster_without_accounts_i
 def test_a_job_that_was_cancelled_by_hand_has_not_failed(cluster: Cluster, stock: Stock, tmp_path: Path) -> None:
     """It is told to stop, saves, and says so."""
     run = tmp_path / "run"
-    slow = [{"action": "sleep", "phase": "optimizer", "times": -1, "seconds": 0.5}]
+    slow = [{"action": "sleep", "phase": "optimizer", "times": -1, "seconds": 1.5}]
     words = Faults(tmp_path / "faults.sh", letters_=slow).words
     start(cluster, stock.words(run, *words, "launcher.jobs={experts/numbers:[--hold]}"))
     job = jobs(run)["experts/letters"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing, running, wait_for
+from cluster import MESSAGE_TIMEOUT, Cluster, missing, running, wait_for
 from pipelines import Stock, alive, jobs, named, refused, rows, start, submitted
 from toy import with_toy
 
@@ -54,7 +54,7 @@ def test_what_slurm_refuses_is_one_line_and_nothing_stays_submitted(
     """An unknown account is in `test_accounting`: without a database, Slurm charges any."""
     with refused(f"{node}: sbatch: ", said, advice):
         start(cluster, stock.words(run, ENDLESS, *words))
-    wait_for("the end of those that were submitted before", lambda: not alive(cluster, run), 20)
+    wait_for("the end of those that were submitted before", lambda: not alive(cluster, run), 90)
     assert not jobs(run)
 
 
@@ -72,8 +72,8 @@ def test_without_a_controller_it_is_one_line(stock: Stock, run: Path) -> None:
     with running(num_nodes=1) as cluster:
         start(cluster, stock.words(run, HELD))
         cluster.kill_daemon("slurmctld")
-        with open(cluster.directory / "slurm.conf", "a") as conf:
-            conf.write("MessageTimeout=1\n")  # for as long, ten seconds otherwise, a command tries again
+        conf = cluster.directory / "slurm.conf"
+        conf.write_text(conf.read_text().replace(MESSAGE_TIMEOUT, "MessageTimeout=1"))  # so long a command tries again
         for stage, words in (("status", [f"run={run}"]), ("cancel", [f"run={run}"])):
             with refused("squeue: ", "Slurm's controller does not answer: try again"), cluster.login():
                 run_stage(stage, words)
