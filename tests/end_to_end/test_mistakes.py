@@ -1,5 +1,6 @@
 """A user's mistake is one line on standard error, exit status 2, and nothing half-written."""
 
+import os
 import subprocess
 import sys
 import time
@@ -173,7 +174,8 @@ def test_a_stage_that_is_terminated_cleans_up(road: Path, tmp_path: Path) -> Non
     """As a scheduler ends it, or the pipeline that started it."""
     output = tmp_path / "data"
     overrides = ["data=demo_math", f"tokenizer={road}/data/public/tokenizer", f"output_dir={output}"]
-    with subprocess.Popen([sys.executable, "-m", "flexpert", "prepare", *overrides]) as process:
+    endless = os.environ | {"FLEXPERT_FAULTS": '[{"action": "hang", "phase": "publish"}]'}
+    with subprocess.Popen([sys.executable, "-m", "flexpert", "prepare", *overrides], env=endless) as process:
         while process.poll() is None and not list(tmp_path.glob(".data.*.partial/train.bin")):
             time.sleep(0.001)
         process.terminate()

@@ -28,7 +28,7 @@ def start(output: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def run(output: Path, *overrides: str) -> tuple[int, str]:
     process = start(output, *overrides)
-    text = process.communicate(timeout=300)[0]
+    text = process.communicate(timeout=1200)[0]
     return process.returncode, text
 
 
@@ -43,7 +43,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
             break
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == REQUEUE
     assert not [
         line for line in subprocess.check_output(["ps", "axo", "args"], text=True).split("\n") if str(output) in line
@@ -92,8 +92,9 @@ def test_the_evaluation_covers_every_method(smoke: Path) -> None:
 
 
 def times(run: Path) -> dict[Path, int]:
-    """When each file was written; without W&B's logs of itself, whose processes may end after the pipeline."""
-    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "debug" not in path.name}
+    """When each file was written; without what W&B links to: a log of all its processes that began in one second."""
+    found = (path for path in run.rglob("*") if path.is_file() and not path.is_symlink())
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
 def test_started_again_it_writes_the_report_and_nothing_else(smoke: Path) -> None:
@@ -139,7 +140,8 @@ def test_what_has_no_record_is_made_again_and_equal(smoke: Path) -> None:
     assert re.findall(r"(\S+): started", text) == ["data/news", "experts/news", "assembled"]
     assert [records.digest(node) for node in again] == before
     log = (smoke / "logs/data.news.log").read_text()
-    assert log.count("--- data/news: started") == 2 and log.count("documents") == 4, "both attempts are in the log"
+    for line in ("--- data/news: started", r": train: [\d,]+ documents"):
+        assert len(re.findall(line, log)) == 2, "both attempts are in the log"
 
 
 def test_what_was_altered_or_made_otherwise_is_named(smoke: Path) -> None:

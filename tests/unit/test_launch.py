@@ -296,7 +296,7 @@ def test_a_process_that_fails_is_quoted_and_one_that_runs_is_stopped(
 ) -> None:
     script = tmp_path / "python"  # in place of `python -m flexpert STAGE`: says what it was asked, fails or stays
     script.write_text(
-        '#!/bin/sh\necho "asked for $4"\nif [ "$4" = bad ]; then echo "it is bad"; exit 3; fi\nexec sleep 60\n'
+        '#!/bin/sh\necho "asked for $4"\nif [ "$4" = bad ]; then echo "it is bad"; exit 3; fi\nexec sleep 600\n'
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
@@ -314,7 +314,7 @@ def test_a_process_that_fails_is_quoted_and_one_that_runs_is_stopped(
     assert not launcher.has_room(nodes[2]) and launcher.poll() == []
     before = time.monotonic()
     assert [(ended.node.name, ended.status) for ended in launcher.stop()] == [("a", -15), ("b", -15)]
-    assert time.monotonic() - before < 10 and launcher.poll() == []
+    assert time.monotonic() - before < 60 and launcher.poll() == []
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_the_reason_of_a_failure_is_what_the_stage_or_what_ended_it_says(output:
 
 def stage_script(path: Path, body: str) -> Path:
     """In place of `python -m flexpert STAGE`."""
-    path.write_text(f"#!/bin/sh\n{body}\nexec sleep 60\n")
+    path.write_text(f"#!/bin/sh\n{body}\nexec sleep 600\n")
     path.chmod(0o755)
     return path
 
@@ -356,7 +356,7 @@ def test_the_newest_progress_of_a_running_stage_is_found_in_its_log(
         log = Path(launcher.start(node))
         assert log == tmp_path / "logs/one.long.log"
         before = time.monotonic()
-        while not log.read_text().endswith("90/") and time.monotonic() < before + 10:
+        while not log.read_text().endswith("90/") and time.monotonic() < before + 60:
             time.sleep(0.01)
         assert launcher.progress() == progress
         launcher.stop()
@@ -373,7 +373,7 @@ run, sys.executable = Path(sys.argv[1]), sys.argv[2]
 launcher = LocalLauncher(LauncherConfig(kind="local", max_jobs=1), run)
 launcher.start(Node("long", "long", (), run / "long"))
 print(launcher.jobs[0].processes[0].pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -388,7 +388,7 @@ def test_stages_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     launcher.communicate()
     before = time.monotonic()
     while runs(stage):
-        assert time.monotonic() < before + 10
+        assert time.monotonic() < before + 60
         time.sleep(0.01)
 
 

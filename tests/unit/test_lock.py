@@ -61,6 +61,12 @@ def state(directory: Path) -> str:
     return found.state
 
 
+def beats(directory: Path) -> int:
+    """Of who holds it; -1 before its first."""
+    found = lock.read(directory)
+    return -1 if found is None else int(found.state.removeprefix("beat "))
+
+
 def until(is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not is_so():
@@ -94,8 +100,9 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(
 
 
 def test_another_machine_that_still_counts_keeps_the_directory(
-    tmp_path: Path, refused: Refused, quick: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Refused, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 100)
     with held(tmp_path, ELSEWHERE) as process:
         who = f"another process (pid {process.pid} on host elsewhere)"
         with refused(f"{tmp_path} is in use by {who}: wait for it, or choose another output_dir"), exclusive(tmp_path):
@@ -104,7 +111,7 @@ def test_another_machine_that_still_counts_keeps_the_directory(
         until(lambda: lock.read(tmp_path) != before)
         assert process.poll() is None and before is not None and before.host == "elsewhere"
     assert capsys.readouterr().out == (
-        f"{tmp_path} was not released by {who}: waiting 1 s to see whether it still runs\n"
+        f"{tmp_path} was not released by {who}: waiting 30 s to see whether it still runs\n"
     )
 
 
@@ -126,9 +133,13 @@ def test_of_two_that_wait_for_a_dead_process_the_second_sees_the_first(
 ) -> None:
     with held(tmp_path, ELSEWHERE):
         pass
-    monkeypatch.setattr(lock, "BEAT", 1.5)
     command = [sys.executable, "-c", ELSEWHERE.replace("elsewhere", "third"), str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def until_it_holds(seconds: float) -> None:
+            assert process.stdout is not None and "held\n" in iter(process.stdout.readline, "")
+
+        monkeypatch.setattr(time, "sleep", until_it_holds)
         with refused(f"{tmp_path} is in use by another process (pid ", " on host third)"), exclusive(tmp_path):
             pass
         assert "on host elsewhere" in capsys.readouterr().out
@@ -144,6 +155,7 @@ def test_what_another_machine_released_is_free_at_once(tmp_path: Path, no_waitin
 
 def test_a_release_ends_the_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 1.0)
+    monkeypatch.setattr(lock, "PATIENCE", 60)
     with start(ELSEWHERE.replace("0.05", "60.0"), tmp_path) as process:
         started = time.monotonic()
         threading.Timer(0.3, process.communicate, ["go on\n"]).start()
@@ -162,12 +174,12 @@ def test_a_record_without_a_heartbeat_as_older_versions_left_it_is_no_reason_to_
 def test_the_record_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
     seen = set()
     with held(tmp_path, HOLDER.replace("0.05", "0.0001")):
-        deadline = time.monotonic() + 1
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while len(seen) <= 10:
+            assert time.monotonic() < deadline
             text = (tmp_path / ".lock").read_bytes()
             assert len(text) == lock.LENGTH and lock.RECORD.fullmatch(text.decode())
             seen.add(text)
-    assert len(seen) > 2
 
 
 def test_where_nothing_can_be_written_the_lock_holds_and_the_heartbeat_comes_back(
@@ -209,10 +221,11 @@ def test_a_forked_process_holds_a_directory_of_its_own_while_its_parent_holds_an
     with exclusive(ours):
         process = multiprocessing.get_context("fork").Process(target=hold, daemon=True)
         process.start()
-        until(lambda: (theirs / ".lock").is_file() and state(theirs) == "beat 2")
+        until(lambda: beats(theirs) >= 2)
         with refused(f"{theirs} is in use by another process (pid {process.pid} on host "), exclusive(theirs):
             pass
-        assert state(ours) in ("beat 2", "beat 3")
+        before = beats(ours)
+        until(lambda: beats(ours) > before)
         process.kill()
         process.join()
     with exclusive(ours), exclusive(theirs):

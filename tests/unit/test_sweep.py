@@ -200,15 +200,20 @@ def test_a_stage_that_writes_nothing_prints_and_its_output_is_kept(capfd: pytest
 
 def test_when_it_is_told_to_stop_the_run_stops_and_no_other_starts(place: Path) -> None:
     """The first run has text for much longer than it is given."""
-    Path("long.txt").write_text("".join(f"{number * number} " for number in range(4_000_000)))
-    words = ["data.documents=long.txt", "train_tokenizer.vocab_size=300", "output_dir=out"]
+    with open("long.jsonl", "w") as file:
+        for thousand in range(4000):
+            numbers = " ".join(str((1000 * thousand + number) ** 2) for number in range(1000))
+            file.write(f'{{"text": "{numbers}"}}\n')
+    words = ["data.documents=long.jsonl", "train_tokenizer.vocab_size=300", "output_dir=out"]
     command = [sys.executable, "-m", "flexpert", "prepare", "--multirun", "seed=1,2", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (started := children(process.pid)) and process.poll() is None:
+    while not Path("out/sweep/0.log").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(0.5)
+    started = children(process.pid)
+    assert started
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
