@@ -1,7 +1,10 @@
 """A tiny public model and contributions to it, with odd, unequal sizes and another value in every place."""
 
 import hashlib
+import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flexpert import signals
 from flexpert.checkpoint.digest import base_digest, digest_tensor
 from flexpert.checkpoint.directory import ModelDirectory
 from flexpert.checkpoint.layout import Architecture
@@ -29,6 +33,25 @@ ARCHITECTURE = Architecture(
     rope_theta=1234.0,
 )
 VOCABULARY = 101
+
+
+@pytest.fixture
+def stopped_in_popen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Who starts a process here is told to stop at that moment; the ids of those that were started."""
+    started: list[int] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self.pid)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in signals.STOPPING}
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    monkeypatch.setattr(signals, "_received", None)
+    yield started
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

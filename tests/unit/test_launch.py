@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from processes import runs
 
+from flexpert import signals
 from flexpert.config.compose import compose
 from flexpert.config.launcher import LauncherConfig
 from flexpert.errors import UserError
@@ -390,6 +391,18 @@ def test_stages_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     while runs(stage):
         assert time.monotonic() < before + 60
         time.sleep(0.01)
+
+
+def test_a_stage_that_is_being_started_ends_with_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in_popen: list[int]
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(stage_script(tmp_path / "python", "")))
+    launcher = LocalLauncher(LauncherConfig(kind="local"), tmp_path)
+    signals.install()
+    with pytest.raises(signals.Stopped):
+        launcher.start(Node("long", "long", (), tmp_path / "long"))
+    assert [(ended.node.name, ended.status) for ended in launcher.stop()] == [("long", -15)]
+    assert len(stopped_in_popen) == 1 and not any(map(runs, stopped_in_popen))
 
 
 def test_large_files_of_a_data_set_are_known_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

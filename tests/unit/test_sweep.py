@@ -219,3 +219,12 @@ def test_when_it_is_told_to_stop_the_run_stops_and_no_other_starts(place: Path) 
     assert process.returncode == 75, error
     assert not any(runs(child) for child in started)
     assert not Path("out/sweep/1.log").exists()
+
+
+def test_a_run_that_is_being_started_ends_with_the_sweep(place: Path, stopped_in_popen: list[int]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["prepare", "-m", "seed=1,2", "data.documents=*/*.txt", "train_tokenizer.vocab_size=300", "output_dir=out"]
+        )
+    assert ended.value.code == 75
+    assert len(stopped_in_popen) == 1 and not any(map(runs, stopped_in_popen))

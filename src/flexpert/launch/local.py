@@ -16,7 +16,7 @@ from flexpert.config.launcher import LauncherConfig
 from flexpert.launch.graph import Node
 from flexpert.launch.walk import Ended
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, NUM_RANKS, PORT, RANK, free_port
-from flexpert.signals import LOST, Stopped, interrupted
+from flexpert.signals import LOST, Stopped, deferred, interrupted
 
 #: How `srun --label` begins a line.
 LABEL = re.compile(r"^ *\d+: ", re.MULTILINE)
@@ -119,14 +119,15 @@ class LocalLauncher:
         # -P: no module of the directory that the user happens to be in.
         command = [sys.executable, "-P", "-m", "flexpert", node.stage, *node.overrides]
         # A session of its own: Ctrl-C reaches this process alone, which then stops the stages in order.
-        processes = [
-            subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment | own,
-                start_new_session=True, preexec_fn=end_with_launcher,
-            )
-            for own in ranks(number)
-        ]  # fmt: skip
-        self.jobs.append(Job(node, processes, log, log_start, time.monotonic()))
+        with deferred():  # so that none is there that `stop` does not know
+            processes = [
+                subprocess.Popen(
+                    command, stdout=log, stderr=log, env=environment | own,
+                    start_new_session=True, preexec_fn=end_with_launcher,
+                )
+                for own in ranks(number)
+            ]  # fmt: skip
+            self.jobs.append(Job(node, processes, log, log_start, time.monotonic()))
         return log.name
 
     def progress(self) -> dict[str, str]:

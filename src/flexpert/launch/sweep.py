@@ -35,7 +35,7 @@ from flexpert.config.tree import EXPERIMENT, groups_of
 from flexpert.errors import UserError
 from flexpert.launch.slurm import has_accounting
 from flexpert.records import write_atomic
-from flexpert.signals import LOST
+from flexpert.signals import LOST, deferred
 
 #: What Hydra calls the configuration that it runs.
 CONFIG_NAME = "flexpert_sweep"
@@ -246,18 +246,21 @@ class Sweep:
         # -P: no module of the directory that the user happens to be in.
         command = [sys.executable, "-P", "-m", "flexpert", self.stage, *self.runs[number]]
         with open(self.logs / f"{number}.log", "wb") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            assert process.stdout is not None
+            process: subprocess.Popen[bytes] | None = None
             try:
+                with deferred():  # so that none is there that this one does not end
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                    )
+                assert process.stdout is not None
                 for line in process.stdout:
                     log.write(line)
                     sys.stdout.buffer.write(line)
                     sys.stdout.flush()
             except BaseException:  # it ends with this process
-                process.terminate()
-                log.write(process.communicate()[0])
+                if process is not None:
+                    process.terminate()
+                    log.write(process.communicate()[0])
                 raise
             log.write(f"--- run {number} ended with status {process.wait()}\n".encode())
 
