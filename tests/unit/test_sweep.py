@@ -208,12 +208,10 @@ def test_when_it_is_told_to_stop_the_run_stops_and_no_other_starts(place: Path) 
     command = [sys.executable, "-m", "flexpert", "prepare", "--multirun", "seed=1,2", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not Path("out/sweep/0.log").exists() and process.poll() is None:
+    while not (started := children(process.pid)) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(0.5)
-    started = children(process.pid)
-    assert started
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
