@@ -24,7 +24,7 @@ import flexpert.train.pretrain  # noqa: F401 (so that it is loaded, as those abo
 from flexpert.checkpoint import envelope
 from flexpert.cli import main
 from flexpert.monitor.jsonl import read_metrics
-from flexpert.parallel import process, pulse
+from flexpert.parallel import pulse
 from flexpert.parallel.environment import free_port
 from flexpert.records import sha256_file
 from flexpert.signals import LOST
@@ -166,7 +166,6 @@ def run_rank(rank: int, num_ranks: int, port: int, log: Path, words: list[str], 
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     for name, seconds in (("BEAT", BEAT), ("SILENCE", SILENCE), ("GRACE", GRACE)):
         setattr(pulse, name, seconds)
-        setattr(process, name, 2 * seconds)  # what waits for the others' threads, which a crowded CPU holds up
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)

@@ -17,6 +17,7 @@ from toy import SHAPE, with_toy
 
 from flexpert import signals
 from flexpert.cli import main
+from flexpert.errors import UserError
 from flexpert.parallel import pulse
 from flexpert.parallel.environment import free_port
 from flexpert.train.loop import Trainer
@@ -62,7 +63,6 @@ def said(errors: list[str]) -> list[str]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("BEAT", 0.1), ("SILENCE", 6.0), ("GRACE", 3.0)):
         monkeypatch.setattr(pulse, name, seconds)
-    monkeypatch.setattr("flexpert.parallel.process.BEAT", 0.3)
 
 
 def kill() -> None:
@@ -106,6 +106,27 @@ def test_a_rank_that_is_lost_is_named_and_the_others_end(
     (told,) = said(errors)
     assert line.replace("HOST", socket.gethostname()) in told and told.endswith("; start the stage again, it goes on")
     assert all("Traceback" not in text for rank, text in enumerate(errors) if rank != lost)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_mistake_of_one_rank_is_said_once_and_is_all_the_others_status(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """With the pulse that users have: the others read it though the first one, which has made it, is about to end."""
+
+    def mistaken(trainer: Trainer) -> dict[str, Any]:
+        if os.environ["RANK"] == str(lost):
+            raise UserError("it is wrong")
+        return optimizer_step(trainer)
+
+    optimizer_step = Trainer.optimizer_step
+    monkeypatch.setattr(Trainer, "optimizer_step", mistaken)
+    words = ["pretrain", *with_toy(*SHAPE, f"data.dir={road}/data/public", f"output_dir={tmp_path}/run",
+             "train.microbatch_sequences=1", "train.batch_tokens=96")]  # fmt: skip
+    statuses, errors = run_main(3, words, tmp_path)
+    (told,) = said(errors)
+    assert told.startswith("flexpert: rank 1 of 3 (" if lost else "flexpert: it is wrong")
+    assert told.endswith("it is wrong") and statuses == [2, 2, 2]
 
 
 def test_a_mistake_of_all_is_said_once(road: Path, tmp_path: Path) -> None:

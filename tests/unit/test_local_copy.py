@@ -113,7 +113,7 @@ def test_a_copy_stays_while_it_is_read(base: Path, tmp_path: Path) -> None:
         other.start()
         other.join(timeout=0.5)
         assert other.is_alive() and before.is_whole()
-    other.join()
+    other.join(timeout=300)
     assert after.is_whole() and not before.path.exists()
 
 

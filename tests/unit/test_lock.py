@@ -133,11 +133,12 @@ def test_of_two_that_wait_for_a_dead_process_the_second_sees_the_first(
 ) -> None:
     with held(tmp_path, ELSEWHERE):
         pass
-    command = [sys.executable, "-c", ELSEWHERE.replace("elsewhere", "third"), str(tmp_path)]
+    command, sleep = [sys.executable, "-c", ELSEWHERE.replace("elsewhere", "third"), str(tmp_path)], time.sleep
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def until_it_holds(seconds: float) -> None:
             assert process.stdout is not None and "held\n" in iter(process.stdout.readline, "")
+            monkeypatch.setattr(time, "sleep", sleep)
 
         monkeypatch.setattr(time, "sleep", until_it_holds)
         with refused(f"{tmp_path} is in use by another process (pid ", " on host third)"), exclusive(tmp_path):

@@ -177,11 +177,12 @@ def test_workers_end_with_what_started_them(sent: signal.Signals, tokenizer: Tok
     assert len(workers) == 3
     time.sleep(1)  # they are at work
     process.send_signal(sent)
-    _, errors = process.communicate(timeout=300)
-    deadline = time.monotonic() + 120
+    process.wait(timeout=300)
+    deadline = time.monotonic() + 30
     while any(map(runs, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(runs, workers))
+    _, errors = process.communicate()
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in errors
 

@@ -55,7 +55,7 @@ def run(config: GenerateConfig, resolved: str) -> None:
         if len(ids) >= model.config.max_sequence_length:
             raise UserError(f"{name} has {len(ids)} tokens; the model's context is {model.config.max_sequence_length}")
     batch_size = min(config.batch_size, len(prompts))
-    takes_columns = config.moe_backend not in ("grouped_mm", "triton")
+    takes_columns = config.moe_backend not in ("grouped_mm", "triton")  # which ask for rows
     if batch_size > 1 and device.type == "cpu" and ranks == ALONE and takes_columns:
         store_for_batches(model)
     for first in range(0, len(prompts), batch_size):

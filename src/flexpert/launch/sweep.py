@@ -257,12 +257,13 @@ class Sweep:
                     log.write(line)
                     sys.stdout.buffer.write(line)
                     sys.stdout.flush()
+                status = process.wait()
             except BaseException:  # it ends with this process
                 if process is not None:
                     process.terminate()
                     log.write(process.communicate()[0])
                 raise
-            log.write(f"--- run {number} ended with status {process.wait()}\n".encode())
+            log.write(f"--- run {number} ended with status {status}\n".encode())
 
 
 def multirun(sweep: Sweep, for_hydra: list[str]) -> str | None:

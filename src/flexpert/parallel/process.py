@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from flexpert.errors import UserError
 from flexpert.parallel.environment import ADDRESS, LOCAL_RANK, PORT, is_first, num_ranks, rank
-from flexpert.parallel.pulse import BEAT, GRACE, SILENCE, Pulse
-from flexpert.signals import LOST, REQUEUE, Stopped
+from flexpert.parallel.pulse import GRACE, SILENCE, Pulse
+from flexpert.signals import LOST, REQUEUE, Stopped, deferred
 
 T = TypeVar("T")
 
@@ -83,24 +83,22 @@ def among_ranks() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if _pulse is not None:
+        if _pulse is None:
+            raise
+        with deferred():  # who has started the ranks may tell those that are left to stop
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            patience = 0.0
             if isinstance(error, Stopped):
                 _pulse.tell("it was told to stop", REQUEUE)
-                time.sleep(3 * BEAT)  # rank 0 may be where the others read it
-                raise
-            if is_of_others(error):
-                patience = SILENCE + GRACE
-            own = isinstance(error, UserError)  # a mistake of all, which another rank was quicker to tell
-            if not own and _pulse.found.wait(patience) and _pulse.lost is not None:
-                _pulse.over.set()
+            elif isinstance(error, UserError):  # also where all make the same mistake, and another was quicker to tell
+                _pulse.tell(reason, error.status)
+            elif _pulse.found.wait(SILENCE + GRACE if is_of_others(error) else 0.0) and _pulse.lost is not None:
                 _pulse.say(_pulse.lost)
-                if is_first():
-                    time.sleep(3 * BEAT)  # it may be where the others read which rank was lost
+                _pulse.leave()
                 raise SystemExit(_pulse.status) from None
-            _pulse.tell(reason, error.status if isinstance(error, UserError) else LOST)
-        raise
+            else:
+                _pulse.tell(reason)
+            _pulse.leave()
+            raise
     leave_ranks()
 
 

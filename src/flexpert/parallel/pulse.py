@@ -19,6 +19,8 @@ from flexpert.signals import LOST
 #: Seconds between two beats; without one for so many, a rank has ended, or its machine has; after so many more, whoever
 #: still waits in a collective is ended.
 BEAT, SILENCE, GRACE = 1.0, 15.0, 30.0
+#: Seconds that rank 0 stays for the others at its end, so that they read in its store what has happened.
+STAY = 3.0
 #: Exit status where another process has ended by the user's mistake.
 MISTAKE = 2
 
@@ -51,6 +53,8 @@ class Pulse(threading.Thread):
             try:
                 self.store.set(f"pulse/{self.rank}", str(beat))
                 lost = self.look()
+                if lost is not None:
+                    self.store.set(f"knows/{self.rank}", "")
             except RuntimeError:  # the store is in rank 0, or in torchrun, which ends all ranks itself
                 lost = f"rank 0 of {self.num_ranks}, or the torchrun that started it, does not answer"
             if lost is not None:
@@ -89,8 +93,9 @@ class Pulse(threading.Thread):
         return f"{lost} has ended, or has not answered for {SILENCE:.0f} s"
 
     def say(self, lost: str) -> None:
-        """One of those that are left does: rank 0, or rank 1 where it is the lost one."""
-        if self.rank == int(lost.startswith("rank 0 ")):
+        """One of those that are left does: rank 0, or rank 1 where it is the lost one, and has not said so itself."""
+        is_firsts = lost.startswith("rank 0 ")
+        if self.rank == int(is_firsts) and not (is_firsts and self.status == MISTAKE):
             advice = "" if self.status == MISTAKE else "; start the stage again, it goes on"
             print(f"flexpert: {lost}{advice}", file=sys.stderr, flush=True)
 
@@ -99,6 +104,15 @@ class Pulse(threading.Thread):
         self.over.set()
         with contextlib.suppress(RuntimeError):
             self.store.set(f"ended/{self.rank}", f"{status} {reason}")
+            self.store.set(f"knows/{self.rank}", "")
+
+    def leave(self) -> None:
+        """Before this rank ends after another, or after `tell`: rank 0 waits until the others know why."""
+        self.over.set()
+        deadline, others = time.monotonic() + STAY, [f"knows/{other}" for other in range(1, self.num_ranks)]
+        with contextlib.suppress(RuntimeError):
+            while self.rank == 0 and not self.store.check(others) and time.monotonic() < deadline:
+                time.sleep(BEAT / 10)
 
     def stop(self) -> None:
         self.over.set()
