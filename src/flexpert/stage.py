@@ -99,7 +99,7 @@ def claim_directory(output: Path, resolved: str, resume: str) -> None:
 
 
 class Notes(logging.Handler):
-    """Prints what rank 0 logs to standard error: what `generate` prints otherwise is text alone."""
+    """Prints what rank 0 logs, on standard error: what `generate` prints on standard output is text alone."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_first():

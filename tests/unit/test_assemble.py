@@ -337,15 +337,24 @@ def wide(make_base: Maker, make_contribution: Maker, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begun", ["", "expert-public.safetensors", "expert-z.safetensors"])
+@pytest.mark.parametrize(
+    ("begun", "phase", "after"),  # trunk, public, x, y, z are begun in this order
+    [
+        ("", "assembly", 0),
+        ("expert-public.safetensors", "assembly", 2),
+        ("expert-y.safetensors", "assembly", 4),
+        ("assembly.json", "publish", 0),
+    ],
+    ids=["nothing", "expert-public", "expert-y", "all"],
+)
 def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_run_succeeds(
-    begun: str, wide: Path, tmp_path: Path
+    begun: str, phase: str, after: int, wide: Path, tmp_path: Path
 ) -> None:
-    """The command is killed when its temporary directory is there, or this file in it, which is then not whole."""
+    """The command, which would hang after that, is killed when its temporary directory or this file in it is there."""
     output = tmp_path / "models" / "model"
     overrides = [f"base={wide}/base", f"contributions={wide}/x,{wide}/y,{wide}/z", f"output_dir={output}"]
     command = [sys.executable, "-m", "flexpert", "assemble", *overrides]
-    endless = os.environ | {"FLEXPERT_FAULTS": '[{"action": "hang", "phase": "publish"}]'}
+    endless = os.environ | {"FLEXPERT_FAULTS": json.dumps([{"action": "hang", "phase": phase, "after": after}])}
     with subprocess.Popen(command, env=endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not list(output.parent.glob(f".model.*.partial/{begun}")):
             time.sleep(0.001)
@@ -354,6 +363,7 @@ def test_a_kill_leaves_nothing_under_the_final_name_and_the_next_run_succeeds(
     assert process.returncode == -signal.SIGKILL, error.decode()
     (leftover,) = output.parent.iterdir()
     assert leftover.name.startswith(".model.")
+    assert (leftover / "assembly.json").exists() == (begun == "assembly.json")
 
     subprocess.run(command, check=True, capture_output=True)
     assert list(output.parent.iterdir()) == [output]
